@@ -1,0 +1,296 @@
+"""The network: a diffusion transformer that can be asked with, and without, the noise level.
+
+DiT (Peebles & Xie, 2023, arXiv 2212.09748) cuts the noisy state x_t into patches and runs a plain transformer over
+them. The condition c = embed(t) + embed(y) enters through adaLN-Zero: it scales and shifts what goes into each layer
+and gates what comes out, and every gate starts at zero, so that a fresh block is the identity. SiT (Ma et al., 2024,
+arXiv 2401.08740) is the same network trained as a flow.
+
+Two of its embeddings have a null:
+    class   row `num_classes` of the label table     for classifier-free guidance
+    level   `t_embedder.null_embedding`              for noise awareness guidance, D(null, y)
+
+Every name and shape is that of the published checkpoints, which therefore load as they are.
+
+    model = MODELS["SiT-XL/2"](input_size=32, in_channels=4, num_classes=1000)
+    out = model(x, t, y)                               # t is the network's own time, see diffusion.py
+    out = model(x, t, y, drop_noise=torch.ones(len(x), dtype=torch.bool))
+"""
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings: the patch position, the noise level, the class
+
+
+def sincos_2d(width, side, dtype=torch.float32):
+    """Fixed position table (1, side², width): half of the channels tell the column, half the row, as [sin, cos]."""
+    if width % 4:
+        raise ValueError(f"the hidden size must be a multiple of 4 for the position table, not {width}")
+    omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega                   # (side, width / 4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)                                # (side, width / 2)
+    column = line[None, :, :].expand(side, side, -1)
+    row = line[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=2).reshape(1, side * side, width).to(dtype)
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, tokens, hidden): a linear map of each patch, written as a convolution."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds the network's time (B,), or stands the learned null embedding in its place where `drop_noise` is True."""
+
+    features = 256
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.null_embedding = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, t, drop_noise=None):
+        half = self.features // 2
+        freqs = 10000 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = t[:, None].float() * freqs
+        emb = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.null_embedding.dtype))
+        if drop_noise is None:
+            return emb
+        return torch.where(drop_noise[:, None], self.null_embedding.to(emb.dtype), emb)
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds y (B,) in 0..num_classes; the last row is the null class."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                            # (B, heads, N, D / heads) each
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:       # written out: there 1.5 to 5 times as fast
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size, ratio=4):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, ratio * hidden_size)
+        self.fc2 = nn.Linear(ratio * hidden_size, hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]                                    # (B, N, D), (B, D), (B, D)
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The backbone of DiT and SiT.
+
+    input_size     height = width of the input, in latent pixels (or image pixels, without a VAE)
+    in_channels    C of the input
+    learn_sigma    also output C channels for the variance (unused on the linear interpolant)
+    Raises ValueError when patches do not tile the input or heads do not divide the width.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 num_classes=1000, learn_sigma=True):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"patches of {patch_size} do not tile an input of {input_size}×{input_size}; "
+                             f"use a multiple of {patch_size}")
+        if hidden_size % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {hidden_size}")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
+        self.initialize()
+
+    def initialize(self):
+        """adaLN-Zero: the fresh network outputs 0 for every input, and learns from the output layer inwards."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+                       self.t_embedder.mlp[2].weight, self.t_embedder.null_embedding):
+            nn.init.normal_(weight, std=0.02)
+        for module in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1],
+                                                                             self.final_layer.linear]:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def unpatchify(self, x):
+        """(B, tokens, patch² · C) -> (B, C, H, W)."""
+        side, p = self.input_size // self.patch_size, self.patch_size
+        x = x.view(-1, side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
+
+    def forward(self, x, t, y, drop_noise=None):
+        """Prediction (B, C or 2C, H, W) for the state x (B, C, H, W).
+
+        t (B,) is the network's own time (t itself on Linear, the DDPM step k on VP), y (B,) int64 in 0..num_classes,
+        drop_noise (B,) bool or None: where True, the level is hidden from the network.
+        """
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t, drop_noise) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self.unpatchify(self.final_layer(tokens, c).float())
+
+    def flops(self):
+        """Floating-point operations of one forward pass for one image: its matrix products, a multiply-add being 2."""
+        N, D, depth = self.pos_embed.shape[1], self.pos_embed.shape[2], len(self.blocks)
+        patch = self.patch_size ** 2
+        per_token = patch * self.in_channels * D + depth * 12 * D * D + D * patch * self.out_channels
+        attention = depth * 2 * N * N * D
+        condition = TimestepEmbedder.features * D + D * D + depth * 6 * D * D + 2 * D * D
+        return 2 * (N * per_token + attention + condition)
+
+
+SIZES = {  #       width, depth, heads
+    "Ti": (192, 6, 3),           # two CPU cores
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+MODELS = {f"{family}-{size}/{patch}": partial(DiT, patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
+          for family in ("DiT", "SiT") for size, (width, depth, heads) in SIZES.items()
+          for patch in ((2,) if size == "Ti" else (2, 4, 8))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def convert_sit(state_dict):
+    """The published SiT weights in our convention: time from data (0) to noise (1), prediction ε − x_0.
+
+    The published network counts time the other way and predicts x_0 − ε. cos ω(1−t) and sin ω(1−t) are a rotation of
+    cos ωt and sin ωt, so turning the first time layer by the angles ω, and negating the output layer, says the same.
+    """
+    out = dict(state_dict)
+    weight = state_dict["t_embedder.mlp.0.weight"]
+    half = weight.shape[1] // 2
+    omega = 10000 ** (-torch.arange(half, dtype=torch.float32) / half)                  # as the network rounds them
+    cos, sin = omega.double().cos(), omega.double().sin()
+    on_cos, on_sin = weight.double().split(half, dim=1)
+    out["t_embedder.mlp.0.weight"] = torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], 1).to(weight)
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        out[key] = -state_dict[key]
+    return out
+
+
+def load_file(path):
+    """The dict in a checkpoint file; nothing in the file is executed. Raises ValueError when it is no checkpoint."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises a dozen kinds, for damaged files and for pickles that carry code
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); give another file") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another file")
+    return checkpoint
+
+
+def load_weights(model, state_dict, source):
+    """Put `state_dict` into `model`, all of it; raises ValueError naming the tensors that do not fit."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) if torch.is_tensor(v) else type(v).__name__ for k, v in state_dict.items()}
+    wrong = [f"{k} is {have.get(k, 'missing')}, expected {want.get(k, 'nothing')}"
+             for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(state_dict)
+
+
+def from_checkpoint(path, weights="ema"):
+    """A model in eval mode and the settings it was trained with, from a checkpoint of train.py.
+
+    Raises ValueError when the file is damaged, of another kind, or does not fit the model that its settings name.
+    """
+    checkpoint = load_file(path)
+    settings = checkpoint.get("settings")
+    if not isinstance(settings, dict) or not isinstance(checkpoint.get(weights), dict):
+        raise ValueError(f"{path} is no checkpoint of train.py: it lacks 'settings' or '{weights}'; give another file")
+    try:
+        model = MODELS[settings["model"]](**{k: settings[k] for k in
+                                             ("input_size", "in_channels", "num_classes", "learn_sigma")})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has settings that name no model of ours ({error}); give another file") from None
+    load_weights(model, checkpoint[weights], path)
+    return model.eval().requires_grad_(False), settings

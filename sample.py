@@ -1,0 +1,227 @@
+"""Draw images from a checkpoint, with noise awareness guidance (NAG) and classifier-free guidance (CFG).
+
+    python sample.py --w-nag 3                                  # newest checkpoint: a grid, beside the same without NAG
+    python sample.py --ckpt runs/shapes-SiT-Ti-2 --w-nag 2 --cfg-scale 1.5 --nag-interval 0 0.6
+    torchrun --nproc-per-node 8 sample.py --num 50000 --w-nag 3 --out samples.npz
+
+Sample i takes its class, its start and its noise from a generator of (seed, i): the batch size, the number of ranks and
+a restart change nothing but rounding. Up to 64 images become a labelled PNG; more become an .npz with arr_0 (N, H, W, 3)
+uint8 and arr_1 (N,) labels, as ADM's evaluator reads it. That is written to disk batch by batch, in OUT.partial, where the
+same command finds what an interrupted one had finished.
+"""
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import diffusion
+import models
+from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoints, fast_precision, join_ranks, number,
+                   one_line_errors, picture, replacing, stop, to_uint8)
+
+GRID = 64                                                         # up to so many images become a picture
+
+
+def arguments():
+    parser = Arguments(__doc__)
+    add = parser.add_argument
+    add("--ckpt", metavar="PATH", help="checkpoint, or folder of a run (default: the newest below runs)")
+    add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG, neutral at 0")
+    add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG, neutral at 1")
+    add("--nag-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
+        help="levels t at which NAG acts (default: 0 0.6 on shapes, else 0 1)")
+    add("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"))
+    add("--cfg-channels", type=number(int, 1), metavar="N",
+        help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
+    add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear")
+    add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50")
+    add("--num", type=number(int, 1), default=16, metavar="N", help="number of images")
+    add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank")
+    add("--classes", nargs="+", metavar="C", help="draw classes from these names or numbers (default: all)")
+    add("--seed", type=number(int, 0), default=0)
+    add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
+    add("--out", metavar="FILE", help=".png or .npz (default: in the run's folder, named by the settings)")
+    return parser.parse_args()
+
+
+def newest_checkpoint():
+    """The checkpoint below runs/ that was written last."""
+    found = list(Path("runs").glob("*/checkpoints/[0-9]*.pt"))
+    if not found:
+        stop("no checkpoint below runs; train one with: python train.py, or name one with --ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def class_numbers(wanted, names):
+    """The labels that --classes asks for, by name or by number."""
+    labels = []
+    for name in wanted or names:
+        if name not in names and not (name.isdecimal() and int(name) < len(names)):
+            stop(f"no class {name!r}; the model knows {', '.join(names[:12])}{', …' if len(names) > 12 else ''} "
+                 f"(0 to {len(names) - 1})")
+        labels.append(names.index(name) if name in names else int(name))
+    return labels
+
+
+def guidance_name(args):
+    """The guidance in a few words, for titles and file names; empty without any."""
+    parts = []
+    if args.w_nag:
+        parts.append(f"NAG {args.w_nag:g} on {args.nag_interval[0]:g}-{args.nag_interval[1]:g}")
+    if args.cfg_scale != 1:
+        channels = f" of {args.cfg_channels} channels" if args.cfg_channels else ""
+        parts.append(f"CFG {args.cfg_scale:g} on {args.cfg_interval[0]:g}-{args.cfg_interval[1]:g}{channels}")
+    return ", ".join(parts)
+
+
+class Sampler:
+    """Samples number `indices` of a checkpoint: uint8 (n, 3, H, W) and labels (n,), with or without the guidance."""
+
+    def __init__(self, model, settings, args, labels, device):
+        self.model, self.settings, self.args, self.labels, self.device = model, settings, args, labels, device
+        self.path = PATHS[settings["interpolant"]]()
+        self.sample = {"ddpm": diffusion.sample_ddpm, "sde": diffusion.sample_sde, "ode": diffusion.sample_ode}[args.sampler]
+        self.evaluations = args.steps if args.sampler != "ode" else 2 * args.steps + (self.path.prediction == "eps")
+
+    def __call__(self, indices, bar, guidance=True):
+        args, s = self.args, self.settings
+        noise = SampleNoise(args.seed, indices)
+        labels = noise.classes(self.labels)
+        start = noise(torch.empty(len(indices), s["in_channels"], s["input_size"], s["input_size"], device=self.device))
+        terms = dict(w_nag=args.w_nag, cfg_scale=args.cfg_scale, nag_interval=args.nag_interval,
+                     cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels) if guidance else {}
+        denoise = diffusion.guided(self.model, self.path, labels.to(self.device), **terms)
+
+        def counted(x, t):
+            bar.update(len(x) / self.evaluations)
+            return denoise(x, t)
+
+        options = {} if args.sampler == "ode" else {"randn": noise}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            x0 = self.sample(counted, start, self.path, steps=args.steps, **options)
+        return to_uint8(x0).cpu(), labels
+
+    def bar(self, total):
+        return tqdm(total=total, disable=RANK != 0, dynamic_ncols=True, unit="image",
+                    bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]")
+
+
+def write_grid(sampler, out, title):
+    """A labelled picture; with guidance, the same seeds without it stand beside. A few images: rank 0 draws them alone."""
+    if RANK:
+        return
+    args, panels = sampler.args, {}
+    with sampler.bar(args.num * (2 if title else 1)) as bar:
+        for name, guidance in {"no guidance": False, title: True}.items() if title else {"no guidance": False}.items():
+            batches = [sampler(range(i, min(i + args.batch, args.num)), bar, guidance) for i in range(0, args.num, args.batch)]
+            panels[name] = torch.cat([images for images, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    names = sampler.settings["classes"]
+    with replacing(out) as file:
+        columns = min(8, max(2, round(args.num ** 0.5)))
+        picture(panels, columns, captions=[names[label] for label in labels]).save(file, "png")
+
+
+def write_npz(sampler, out, settings):
+    """N images of all ranks, streamed: each batch goes to its place in OUT.partial/arr_0.npy, and its labels, written after
+    it, mark it as done (−1 is: not yet). The two files then become the members of the .npz."""
+    args, size = sampler.args, sampler.settings["image_size"]
+    work = out.with_name(out.name + ".partial")
+    parts = {"arr_0.npy": (np.uint8, (args.num, size, size, 3)), "arr_1.npy": (np.int64, (args.num,))}
+    note = json.dumps(settings, indent=1)
+    if RANK == 0:
+        if not (work / "settings.json").exists():
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            needed, free = 2 * args.num * (3 * size * size + 8), shutil.disk_usage(work).free
+            if needed > free:
+                stop(f"{out} needs {needed / 1e9:.1f} GB while it is written, {free / 1e9:.1f} GB are free; give another --out")
+            for name, (dtype, shape) in parts.items():
+                np.lib.format.open_memmap(work / name, "w+", dtype, shape)
+            np.lib.format.open_memmap(work / "arr_1.npy", "r+")[:] = -1
+            with replacing(work / "settings.json") as file:
+                file.write(note.encode())
+        elif (work / "settings.json").read_text() != note:
+            stop(f"{work} holds samples of other settings; remove it, or give another --out")
+    agree(None)                                                   # all wait until the files are there
+
+    images_at, labels_at = (np.lib.format.open_memmap(work / name, "r").offset for name in parts)
+    todo = np.flatnonzero(np.load(work / "arr_1.npy") < 0)
+    mine = np.array_split(todo, WORLD)[RANK]
+    with sampler.bar(len(todo)) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
+        for batch in np.split(mine, range(args.batch, len(mine), args.batch)):
+            if not len(batch):
+                continue
+            images, labels = sampler(batch, bar)
+            for file, at, rows in ((images_file, images_at, images.permute(0, 2, 3, 1).contiguous()), (labels_file, labels_at, labels)):
+                for index, row in zip(batch, rows.numpy()):
+                    os.pwrite(file.fileno(), row.tobytes(), at + int(index) * row.nbytes)
+    if WORLD > 1:
+        dist.barrier()
+    if RANK == 0:
+        with replacing(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name in parts:
+                with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member, open(work / name, "rb") as source:
+                    shutil.copyfileobj(source, member, 1 << 20)
+        shutil.rmtree(work)
+
+
+def main():
+    args = arguments()
+    ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    if ckpt.is_dir():
+        if not checkpoints(ckpt):
+            stop(f"no checkpoints in {ckpt}/checkpoints; train some with: python train.py --out {ckpt}")
+        ckpt = checkpoints(ckpt)[-1]
+    try:
+        model, s = models.from_checkpoint(ckpt)
+    except ValueError as error:
+        stop(error)
+
+    shapes = s["data"] == "shapes"
+    args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
+    args.steps = args.steps or (50 if args.sampler == "ode" else 100 if shapes else 250)
+    args.nag_interval = args.nag_interval or ((0.0, 0.6) if shapes else (0.0, 1.0))
+    for name, (lo, hi) in (("--nag-interval", args.nag_interval), ("--cfg-interval", args.cfg_interval)):
+        if lo > hi:
+            stop(f"{name} {lo:g} {hi:g} is empty; give the lower level first")
+    if args.sampler == "ddpm" and s["interpolant"] != "vp":
+        stop(f"--sampler ddpm needs a model on vp, {ckpt} is on {s['interpolant']}; use sde or ode")
+    if args.sampler == "ddpm" and not 2 <= args.steps <= 1000:
+        stop(f"--sampler ddpm takes --steps 2 to 1000, not {args.steps}")
+    if args.w_nag and not s["noise_drop"]:
+        stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not: python train.py --noise-drop 0.1 --out DIR")
+    if args.cfg_scale != 1 and not s["class_drop"]:
+        stop(f"--cfg-scale needs a model trained with class dropout, {ckpt} was not: python train.py --class-drop 0.1 --out DIR")
+    if args.cfg_channels and args.cfg_channels > s["in_channels"]:
+        stop(f"--cfg-channels {args.cfg_channels} is more than the model's {s['in_channels']}")
+    labels, title = class_numbers(args.classes, s["classes"]), guidance_name(args)
+
+    run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+    kind = ".png" if args.num <= GRID else ".npz"
+    name = "-".join([ckpt.stem, args.sampler, str(args.steps), *title.replace(",", "").split(), f"seed-{args.seed}", f"n-{args.num}"])
+    out = Path(args.out) if args.out else run / "samples" / (name + kind)
+    if out.suffix not in (".png", ".npz"):
+        stop(f"--out {out} must end in .png or .npz")
+
+    device = join_ranks()
+    args.precision = args.precision or agree(fast_precision(device))
+    sampler = Sampler(model.to(device), s, args, labels, device)
+    if RANK == 0:
+        print(f"{ckpt}: {args.num} images in {args.steps} steps of {args.sampler}, {title or 'no guidance'}, {args.precision}")
+    if out.suffix == ".png":
+        write_grid(sampler, out, title)
+    else:
+        write_npz(sampler, out, {**vars(args), "ckpt": str(ckpt), "batch": None, "out": None, "labels": labels})
+    if RANK == 0:
+        print(out)
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

@@ -1,0 +1,734 @@
+"""What the project claims, each claim against an oracle that is not the code under test.
+
+    python -m pytest -q test_nag.py
+"""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+
+import diffusion
+import models
+import sample
+import train
+
+HERE = Path(__file__).resolve().parent
+PATHS = [diffusion.Linear(), diffusion.VP()]
+by_name = pytest.mark.parametrize("path", PATHS, ids=["linear", "vp"])
+
+
+def tiny(**kwargs):
+    """A network small enough to test, with no layer at zero."""
+    torch.manual_seed(0)
+    model = models.DiT(**{**dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4),
+                          **kwargs})
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models.py
+
+
+def test_a_fresh_network_outputs_zero_and_hides_the_level_only_where_asked():
+    fresh = models.MODELS["SiT-Ti/2"](input_size=8, in_channels=3, num_classes=4)
+    x, y, t = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 4, 4]), torch.rand(4)
+    assert fresh(x, t, y).abs().max() == 0
+    model, hide = tiny(), torch.tensor([True, False, True, False])
+    moved = model(x, t + 0.3, y, drop_noise=hide) - model(x, t, y, drop_noise=hide)
+    assert moved[hide].abs().max() == 0 and moved[~hide].flatten(1).abs().amax(1).min() > 1e-3
+    assert torch.equal(model(x, t, y), model(x, t, y, drop_noise=torch.zeros(4, dtype=torch.bool)))
+
+
+def test_no_parameter_is_ever_unused():
+    model = tiny().train().requires_grad_(True)
+    loss = diffusion.training_loss(model, diffusion.VP(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), torch.tensor([0.2, 0.5]),
+                                   torch.randn(2, 3, 8, 8), drop_noise=torch.tensor([False, False]))
+    loss.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["DiT-Ti/2", "SiT-S/4", "DiT-B/8"])
+def test_flops_are_those_that_torch_counts(name):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = models.MODELS[name](input_size=32, in_channels=4, num_classes=10)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([0, 1]))
+    assert counter.get_total_flops() / 2 == pytest.approx(model.flops(), rel=1e-6)
+
+
+def test_published_sit_weights_are_turned_into_our_time_and_sign():
+    published, converted = tiny(), tiny()
+    converted.load_state_dict(models.convert_sit(published.state_dict()))
+    x, t, y = torch.randn(5, 3, 8, 8), torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0]), torch.arange(5)
+    torch.testing.assert_close(converted(x, 1 - t, y), -published(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_are_named():
+    state = tiny().state_dict()
+    state["y_embedder.embedding_table.weight"] = torch.zeros(11, 32)
+    del state["x_embedder.proj.bias"]
+    with pytest.raises(ValueError, match=r"x_embedder.proj.bias is missing, expected \(32,\); y_embedder.*\(11, 32\), expected \(5, 32\)"):
+        models.load_weights(tiny(), state, "file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusion.py: interpolants
+
+
+def test_vp_is_the_table_of_ddpm_and_float32_levels_hit_it():
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    t = (torch.arange(1000, dtype=torch.float32) + 1) / 1000
+    path = diffusion.VP()
+    np.testing.assert_allclose(path.alpha(t).double()**2, bars, rtol=2e-7)
+    np.testing.assert_allclose(path.sigma(t).double()**2, 1 - bars, rtol=2e-7)
+    assert torch.equal(path.network_time(t), torch.arange(1000).float())
+    assert path.network_time(0.0123456).item() == pytest.approx(11.3456) and path.alpha(0.0) == 1 and path.sigma(0.0) == 0
+
+
+@by_name
+def test_derivatives_and_inverse_of_the_interpolants(path):
+    t, h = torch.linspace(0.0303, 0.98, 97, dtype=torch.float64), 1e-5
+    for f, dot in ((path.alpha, path.alpha_dot), (path.sigma, path.sigma_dot)):
+        torch.testing.assert_close(dot(t), (f(t + h) - f(t - h)) / (2 * h), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(path.level(path.sigma(t)), t, rtol=1e-7, atol=1e-7)
+
+
+@by_name
+def test_conversions_give_back_what_the_state_was_made_of(path):
+    x0, eps, t = (torch.randn(6, 3, 4, 4, dtype=torch.float64) for _ in range(2)), None, None
+    x0, eps = x0
+    t = torch.tensor([0.011, 0.1, 0.333, 0.5, 0.9, 0.99], dtype=torch.float64)
+    x = diffusion.add_noise(path, x0, eps, t)
+    velocity = path.alpha_dot(t).view(-1, 1, 1, 1) * x0 + path.sigma_dot(t).view(-1, 1, 1, 1) * eps
+    prediction = velocity if path.prediction == "velocity" else eps
+    for f, want in ((diffusion.to_eps, eps), (diffusion.to_x0, x0), (diffusion.to_velocity, velocity),
+                    (diffusion.to_score, -eps / path.sigma(t).view(-1, 1, 1, 1))):
+        torch.testing.assert_close(f(path, prediction, x, t), want, rtol=1e-8, atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusion.py: the loss
+
+
+def test_loss_is_zero_for_the_truth_and_needs_levels_of_the_path():
+    x0, eps, y = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)
+    t = torch.tensor([0.1, 0.5, 1.0])
+    truth = lambda x, t, y, drop_noise=None: eps - x0
+    assert diffusion.training_loss(truth, diffusion.Linear(), x0, y, t, eps).abs().max() == 0
+    truth = lambda x, t, y, drop_noise=None: eps
+    assert diffusion.training_loss(truth, diffusion.VP(), x0, y, t, eps).abs().max() == 0
+    for path, bad in ((diffusion.VP(), 0.0005), (diffusion.VP(), 0.0), (diffusion.VP(), 1.001), (diffusion.Linear(), 1.2)):
+        with pytest.raises(ValueError, match="training level"):
+            diffusion.training_loss(truth, path, x0, y, torch.tensor([0.1, bad, 0.5]), eps)
+
+
+def test_variance_bound_is_the_divergence_of_bayes_posterior():
+    """Oracle: q(x_{k−1}|x_k, x_0) by multiplying two Gaussians, and torch's own Kullback–Leibler divergence."""
+    normal, bars = torch.distributions.Normal, torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    x0, eps, eps_hat, v = (torch.randn(4, 3, 4, 4, dtype=torch.float64).clamp(-1, 1) for _ in range(4))
+    k = torch.tensor([1, 20, 500, 999])
+    got = diffusion.training_loss(lambda x, t, y, drop_noise: torch.cat([eps_hat, v], 1), diffusion.VP(), x0, None,
+                                  (k + 1).double() / 1000, eps) - (eps - eps_hat).square().flatten(1).mean(1)
+    for i, step in enumerate(k.tolist()):
+        bar, before = bars[step], bars[step - 1]
+        a = bar / before                                          # x_k = √a x_{k−1} + √(1−a) z
+        x = bar.sqrt() * x0[i] + (1 - bar).sqrt() * eps[i]
+        def posterior(start):
+            precision = 1 / (1 - before) + a / (1 - a)
+            return (before.sqrt() * start / (1 - before) + a.sqrt() * x / (1 - a)) / precision, precision**-0.5
+        mean, std = posterior(x0[i])
+        mean_hat, _ = posterior((x - (1 - bar).sqrt() * eps_hat[i]) / bar.sqrt())
+        std_hat = ((1 + v[i]) / 2 * (1 - a).log() / 2 + (1 - v[i]) / 2 * std.log()).exp()
+        want = torch.distributions.kl_divergence(normal(mean, std), normal(mean_hat, std_hat)).mean() / math.log(2)
+        assert got[i].item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_only_the_variance_learns_from_the_bound():
+    out = torch.randn(2, 6, 4, 4, requires_grad=True)
+    x0, eps, t = torch.randn(2, 3, 4, 4).clamp(-1, 1), torch.randn(2, 3, 4, 4), torch.tensor([0.001, 0.4])
+    diffusion.training_loss(lambda *_, drop_noise: out, diffusion.VP(), x0, None, t, eps).sum().backward()
+    torch.testing.assert_close(out.grad[:, :3], 2 * (out - torch.cat([eps, eps], 1)).detach()[:, :3] / 48)
+    assert out.grad[:, 3:].abs().min() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusion.py: samplers, on Gaussian data, whose exact prediction is known
+
+
+MEAN = torch.tensor([0.7, -0.4], dtype=torch.float64)
+COV = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
+
+
+def prediction_from_eps(path, eps, x, t):
+    """What a network on this path would output, for E[ε|x, t] = eps: the conversions, derived a second time."""
+    if path.prediction == "eps":
+        return eps
+    return (eps - x) / (1 - t).clamp(min=1e-300) if t < 1 else torch.zeros_like(x) + eps   # v = ε − x_0, x_0 = (x − tε)/(1−t)
+
+
+def gaussian(path, mean=MEAN, cov=COV):
+    """denoise(x, t) for data N(mean, cov) in the last dimension: E[ε|x, t] = σ (α² cov + σ²)⁻¹ (x − α mean)."""
+    def denoise(x, t):
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        total = alpha**2 * cov + sigma**2 * torch.eye(len(cov), dtype=torch.float64)
+        eps = torch.linalg.solve(total, (x - alpha * mean).unsqueeze(-1)).squeeze(-1) * sigma
+        if path.prediction == "eps":
+            return eps
+        x0 = mean + torch.linalg.solve(total, (x - alpha * mean).unsqueeze(-1)).squeeze(-1) @ cov * alpha
+        return eps - x0
+    return denoise
+
+
+def run(name, path, denoise, x, **options):
+    return {"ddpm": diffusion.sample_ddpm, "sde": diffusion.sample_sde, "ode": diffusion.sample_ode}[name](denoise, x, path, **options)
+
+
+@pytest.mark.parametrize("name, path", [("ddpm", PATHS[1]), *((n, p) for n in ("sde", "ode") for p in PATHS)],
+                         ids=lambda value: value if isinstance(value, str) else type(value).__name__)
+def test_exact_score_drives_the_samplers_to_the_data(name, path):
+    n, rng = 20_000, torch.Generator().manual_seed(0)
+    draw = lambda x: torch.randn(x.shape, generator=rng, dtype=torch.float64)
+    options = dict(ddpm=dict(steps=1000, randn=draw), sde=dict(steps=500, randn=draw, last_step=1 / 500), ode=dict(steps=100))[name]
+    x = run(name, path, gaussian(path), draw(torch.empty(n, 1, 1, 2)), **options).reshape(n, 2)
+    error = 4 * COV.diagonal().sqrt() / n**0.5
+    assert ((x.mean(0) - MEAN).abs() < error).all(), x.mean(0)
+    spread = 4 * ((COV**2 + torch.outer(COV.diagonal(), COV.diagonal())) / n).sqrt()     # of a sample covariance
+    assert ((torch.cov(x.T) - COV).abs() < spread).all(), torch.cov(x.T)
+
+
+def exact_moments(name, path, mean, std, steps, **options):
+    """Mean and variance of a sampler's result on scalar Gaussian data, without Monte Carlo.
+
+    The sampler is affine in its start and its noises, so one batch tells its response to each: row 0 gets none of them,
+    row 1 the start 1, and row 2 + i the noise 1 of step i.
+    """
+    call = iter(range(10**6))
+    def impulse(x):
+        out = torch.zeros_like(x)
+        out[2 + next(call)] = 1
+        return out
+    x = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)
+    x[1] = 1
+    if name != "ode":
+        options["randn"] = impulse
+    denoise = gaussian(path, torch.tensor([mean], dtype=torch.float64), torch.tensor([[std**2]], dtype=torch.float64))
+    out = run(name, path, denoise, x, steps=steps, **options).flatten()
+    return out[0].item(), (out[1:] - out[0]).square().sum().item()
+
+
+def order(errors, steps):
+    """The slope of log error against log steps, with its sign turned."""
+    return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+
+
+@by_name
+def test_sde_converges_with_order_one(path):
+    steps = [100, 200, 400, 800]
+    moments = [exact_moments("sde", path, 0.7, 0.6, n, last_step=1 / n) for n in steps]
+    assert 0.85 < order([abs(m - 0.7) for m, _ in moments], steps) < 1.3, moments
+    assert 0.85 < order([abs(v - 0.36) for _, v in moments], steps) < 1.3, moments
+
+
+@by_name
+@pytest.mark.parametrize("method, expected", [("euler", 1), ("heun", 2)])
+def test_ode_converges_to_the_closed_form_flow(path, method, expected):
+    """Gaussian data flow by x(t) = α m + (x(1) − α(1) m) · std(t)/std(1)."""
+    mean, std, t_end, steps = 0.7, 0.6, 0.05, [25, 50, 100, 200]
+    spread = lambda t: (path.alpha(t)**2 * std**2 + path.sigma(t)**2).sqrt()
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
+    want = path.alpha(t_end) * mean + (x - path.alpha(1.0) * mean) * spread(t_end) / spread(1.0)
+    denoise = gaussian(path, torch.tensor([mean], dtype=torch.float64), torch.tensor([[std**2]], dtype=torch.float64))
+    errors = [(diffusion.sample_ode(denoise, x, path, n, method, t_end) - want).abs().max().item() for n in steps]
+    assert abs(order(errors, steps) - expected) < 0.15, errors
+
+
+def test_ddpm_error_falls_with_every_doubling_of_its_steps():
+    steps = [8, 16, 32, 64, 125, 250, 500, 1000]
+    moments = [exact_moments("ddpm", PATHS[1], 0.7, 0.6, n) for n in steps]
+    errors = [abs(v - 0.36) for _, v in moments]
+    assert all(b < a for a, b in zip(errors, errors[1:])) and errors[-1] < 0.005, errors
+
+
+def test_samplers_refuse_what_they_cannot_do():
+    x, denoise = torch.zeros(1, 1, 1, 2), lambda x, t: x
+    for call in (lambda: diffusion.sample_ddpm(denoise, x, diffusion.Linear()), lambda: diffusion.sample_ddpm(denoise, x, PATHS[1], steps=1001),
+                 lambda: diffusion.sample_sde(denoise, x, PATHS[0], steps=0), lambda: diffusion.sample_sde(denoise, x, PATHS[0], last_step=1.0),
+                 lambda: diffusion.sample_ode(denoise, x, PATHS[0], method="rk4"), lambda: diffusion.sample_ode(denoise, x, PATHS[0], t_end=1.0)):
+        with pytest.raises(ValueError):
+            call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusion.py: guidance
+
+
+@by_name
+def test_nag_mixture_is_the_gradient_of_the_level_posterior(path):
+    """On a Gaussian mixture with known levels, guided() with the exact branches gives s(x|t) + w ∇ log p(t|x) by autograd."""
+    levels = (torch.arange(0, 1000, 5, dtype=torch.float64) + 1) / 1000
+    centres = torch.tensor([[1.0, 0.2], [-0.6, 0.9], [0.1, -1.2]], dtype=torch.float64)
+
+    def log_p(x, t):
+        """log p_t(x), (N, T) for x (N, 2), t (T,)."""
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        variance = alpha**2 * 0.04 + sigma**2
+        square = (x[:, None, None] - alpha[:, None, None] * centres).square().sum(-1)    # (N, T, 3)
+        return (-square / (2 * variance[:, None])).logsumexp(-1) - variance.log()
+
+    def gradient(f, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(f(x).sum(), x)[0]
+
+    def network(x, time, y, drop_noise=None):
+        hidden = drop_noise if drop_noise is not None else torch.zeros(len(x), dtype=torch.bool)
+        out = torch.empty_like(x)
+        level = (time[:1].double() + 1) / 1000 if path.prediction == "eps" else time[:1].double()
+        flat = x.reshape(len(x), 2)
+        score = torch.where(hidden[:, None], gradient(lambda x: log_p(x, levels).logsumexp(1), flat),
+                            gradient(lambda x: log_p(x, level), flat))
+        eps = -path.sigma(level) * score
+        out = eps if path.prediction == "eps" else (eps - flat) / (1 - level)            # v = (ε − x) / (1 − t)
+        return out.reshape(x.shape)
+
+    x = torch.randn(64, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for t in (0.101, 0.401, 0.801):
+        denoise = diffusion.guided(network, path, torch.zeros(64, dtype=torch.long), w_nag=3.0)
+        got = diffusion.to_score(path, denoise(x, t), x, torch.tensor(t, dtype=torch.float64)).reshape(64, 2)
+        at = torch.tensor([t], dtype=torch.float64)
+        log_posterior = lambda x: log_p(x, at)[:, 0] - log_p(x, levels).logsumexp(1)
+        flat = x.reshape(64, 2)
+        want = gradient(lambda x: log_p(x, at), flat) + 3.0 * gradient(log_posterior, flat)
+        assert (got - want).norm() / want.norm() < 1e-5
+
+
+@by_name
+def test_an_ideal_null_branch_gives_half_of_the_posterior_gradient_or_less(path):
+    """What the trained null branch means: E[prediction|x] over the unknown level, converted at the nominal one.
+
+    Where the data carries no signal (x_0 = 0 in 400 dimensions) the level is read off |x|, and by quadrature over it the
+    branch difference is 1/2 (ε) or (1 − t)/2 (velocity) of ∇ log p(t|x), near the state's own level.
+    """
+    dims, t = 400, 0.3
+    levels = (torch.arange(1000, dtype=torch.float64) + 1) / 1000 if path.prediction == "eps" else torch.linspace(1e-4, 1, 40_000, dtype=torch.float64)
+    sigmas = path.sigma(levels)
+    x = torch.full((1, 1, 1, dims), path.sigma(0.31).item(), dtype=torch.float64)        # it really holds level 0.31
+    weights = torch.from_numpy((lambda logs: np.exp(logs - logsumexp(logs)))(
+        (-dims * sigmas.log() - x.square().sum() / (2 * sigmas**2)).numpy()))            # p(level | x)
+    inverse, inverse_square = (weights / sigmas).sum(), (weights / sigmas**2).sum()
+
+    def network(x, time, y, drop_noise=None):                                            # x_0 = 0: ε = v = x / σ
+        return torch.where(drop_noise.view(-1, 1, 1, 1), x * inverse, x / path.sigma(t))
+
+    denoise = diffusion.guided(network, path, torch.zeros(1, dtype=torch.long), w_nag=1.0)
+    score = diffusion.to_score(path, denoise(x, t), x, torch.tensor(t, dtype=torch.float64))
+    difference = score - -x / path.sigma(t)**2
+    gradient = -x / path.sigma(t)**2 + x * inverse_square
+    assert (difference / gradient).mean().item() == pytest.approx(0.5 if path.prediction == "eps" else (1 - t) / 2, rel=0.05)
+
+
+@by_name
+def test_mixing_predictions_is_mixing_scores(path):
+    x, *predictions = torch.randn(4, 5, 3, 4, 4, dtype=torch.float64)
+    weights, t = (2.5, -1.0, -0.5), torch.tensor(0.37, dtype=torch.float64)
+    mixed = sum(w * p for w, p in zip(weights, predictions))
+    scores = sum(w * diffusion.to_score(path, p, x, t) for w, p in zip(weights, predictions))
+    torch.testing.assert_close(diffusion.to_score(path, mixed, x, t), scores, rtol=1e-10, atol=1e-10)
+
+
+@by_name
+def test_neutral_scales_are_the_unguided_sampler_bit_for_bit(path):
+    model, y, x = tiny(), torch.tensor([0, 1, 2]), torch.randn(3, 3, 8, 8)
+    def plain(x, t):
+        out = model(x, path.network_time(t).float().expand(3), y)
+        return out if path.prediction == "eps" else out[:, :3]
+    for name in ("sde", "ode") + (("ddpm",) if path.prediction == "eps" else ()):
+        seeded = lambda: torch.Generator().manual_seed(5)
+        options = lambda g: {} if name == "ode" else {"randn": lambda x: torch.randn(x.shape, generator=g)}
+        want = run(name, path, plain, x, steps=4, **options(seeded()))
+        neutral = diffusion.guided(model, path, y, w_nag=0.0, cfg_scale=1.0)
+        outside = diffusion.guided(model, path, y, w_nag=3.0, cfg_scale=4.0, nag_interval=(0, 0), cfg_interval=(0.0001, 0.0002))
+        assert torch.equal(run(name, path, neutral, x, steps=4, **options(seeded())), want)
+        if name != "ode" or path.prediction == "eps":                                    # Heun on linear ends at t = 0
+            assert torch.equal(run(name, path, outside, x, steps=4, **options(seeded())), want)
+
+
+@by_name
+def test_guidance_is_its_sum_and_one_call(path):
+    model, calls = tiny(), []
+    y, x, k = torch.tensor([0, 3]), torch.randn(2, 3, 8, 8), 299.0 if path.prediction == "eps" else 0.3
+    def counted(x, t, y, drop_noise=None):
+        calls.append(len(x))
+        return model(x, t, y, drop_noise=drop_noise)
+    ask = lambda y, hide: model(x, torch.full((2,), k), y, drop_noise=torch.tensor([hide, hide]))
+    cond, no_class, no_level = ask(y, False), ask(torch.tensor([4, 4]), False), ask(y, True)
+    cfg = 0.7 * (cond - no_class)[:, :3]
+    cfg[:, 2:] = 0
+    want = cond[:, :3] + cfg + 2 * (cond - no_level)[:, :3]
+    denoise = diffusion.guided(counted, path, y, w_nag=2.0, cfg_scale=1.7, cfg_channels=2, null_class=4, nag_interval=(0.3, 0.6),
+                               cfg_interval=(0.1, 0.3))
+    got = denoise(x, 0.3)
+    torch.testing.assert_close(got[:, :3], want, rtol=1e-5, atol=1e-5)
+    if path.prediction == "eps":
+        torch.testing.assert_close(got[:, 3:], cond[:, 3:], rtol=1e-5, atol=1e-5)
+    for t in (0.2, 0.4, 0.7):
+        denoise(x, t)
+    assert calls == [6, 4, 4, 2]
+    levels = torch.tensor([0.2, 0.4])                             # a level for each sample
+    torch.testing.assert_close(denoise(x, levels)[:1], denoise(x, 0.2)[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denoise(x, levels)[1:], denoise(x, 0.4)[1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="nag_interval"):
+        diffusion.guided(model, path, y, nag_interval=(0.6, 0.3))
+
+
+@by_name
+def test_noise_shift_solves_its_equation(path):
+    for t, sigma_e in ((0.05, 0.01), (0.2, 0.05), (0.5, 0.1), (0.7, 0.02)):
+        sigma = lambda s: path.sigma(float(s)).item()
+        want = brentq(lambda s: sigma(s)**2 - sigma(t)**2 - sigma_e**2, t, 1, xtol=1e-14) - t
+        assert diffusion.noise_shift(path, t, sigma_e).item() == pytest.approx(want, rel=1e-6)
+    small = diffusion.noise_shift(path, torch.tensor([0.3, 0.5], dtype=torch.float64), 0.01)
+    torch.testing.assert_close(diffusion.noise_shift(path, torch.tensor([0.3, 0.5], dtype=torch.float64), 0.01, first_order=True), small,
+                               rtol=0.02, atol=0)
+    for t, sigma_e in ((0.9, 0.9), (1.0, 0.1), (1.5, 0.1)):
+        with pytest.raises(ValueError):
+            diffusion.noise_shift(path, t, sigma_e)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: data
+
+
+def test_shapes_are_a_function_of_seed_and_index():
+    data = train.Shapes(16, seed=3)
+    images, labels = data.images(range(400))
+    again, _ = data.images([7, 399])
+    assert np.array_equal(again, images[[7, 399]]) and images.dtype == np.uint8 and images.shape == (400, 3, 16, 16)
+    assert not np.array_equal(train.Shapes(16, seed=4).images([7])[0], again[:1])
+    assert np.bincount(labels, minlength=8).min() > 25 and len(data.classes) == 8
+
+
+def test_a_drawn_circle_covers_its_area():
+    """Oracle: π r² of a disc of radius 0.9 · radius, from the random numbers that the class, size and place come from."""
+    data, checked = train.Shapes(32, seed=0), 0
+    for i in range(60):
+        image, label = data.images([i])
+        if data.classes[label[0]] == "circle":
+            u = train.generator(0, "shapes", i).random(8)
+            bright = image[0].max(0).astype(float)
+            cover = (bright - bright.min()) / (bright.max() - bright.min())
+            assert cover.mean() * 4 == pytest.approx(math.pi * (0.9 * (0.55 + 0.3 * u[1]))**2, rel=0.02)
+            checked += 1
+    assert checked > 2
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two classes with images of several sizes, modes and formats."""
+    rng = np.random.default_rng(0)
+    for name in ("birds", "ants"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    for i, (mode, suffix, size) in enumerate([("RGB", "png", (40, 30)), ("L", "jpg", (16, 16)), ("RGBA", "png", (20, 70)),
+                                              ("P", "png", (33, 33)), ("CMYK", "jpg", (50, 40)), ("RGB", "jpg", (17, 90))]):
+        pixels = Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+        pixels.save(tmp_path / "photos" / ("ants" if i % 2 else "birds") / f"{i}.{suffix}")
+    return tmp_path / "photos"
+
+
+def test_image_folder_gives_classes_crops_and_flips(photos):
+    data = train.ImageFolder(photos, 16)
+    assert data.classes == ["ants", "birds"] and len(data) == 6
+    images, labels = data.images(range(6), np.zeros(6, bool))
+    mirrored, _ = data.images(range(6), np.ones(6, bool))
+    assert np.array_equal(images, mirrored[..., ::-1]) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    exact = np.asarray(Image.open(photos / "ants" / "1.jpg").convert("RGB"))             # is 16×16 already
+    assert np.array_equal(images[0], exact.transpose(2, 0, 1))
+
+
+def test_centre_crop_takes_the_middle_and_rotation_tags_are_obeyed(tmp_path):
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = 200
+    assert (train.centre_crop(Image.fromarray(wide), 16) == 200).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                              # to be shown turned by a quarter, clockwise
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 255                                           # bright on the left; shown upright, at the top
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    upright = np.asarray(train.read_image(tmp_path / "turned.png"))
+    assert (upright[:8] == 255).all() and (upright[8:] == 0).all()
+
+
+def test_batches_are_shared_out_and_visit_every_image_once_an_epoch(photos, monkeypatch):
+    settings = dict(seed=0, batch=4, interpolant="vp", class_drop=0.5, noise_drop=0.5, in_channels=3, input_size=16, num_classes=2)
+    batches = train.Batches(train.ImageFolder(photos, 16), settings)
+    seen = np.concatenate([batches.indices(step) for step in range(3)])                  # 12 places: two epochs of 6
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    whole = batches[5]
+    monkeypatch.setattr(train, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        for part, full in zip(batches[5], whole):
+            assert torch.equal(part, full[2 * rank:2 * rank + 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts, run as a user runs them. A run of these takes seconds: 8×8 shapes, a handful of steps.
+
+
+SMALL = "--image-size 8 --batch 8 --precision fp32 --workers 0".split()
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+
+def script(name, *args, cwd, ranks=1, **options):
+    """Run a script to its end; its output and exit status."""
+    port = str(20_000 + os.getpid() % 20_000)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port] if ranks > 1 else []
+    return subprocess.run([sys.executable, *launch, str(HERE / name), *map(str, args)], cwd=cwd, env=environment(), text=True,
+                          capture_output=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a finished run of 20 steps in it."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = script("train.py", "--steps", 20, *SMALL, "--ckpt-every", 10, "--out", "runs/one", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))            # every step once
+    return np.array([line["loss"] for line in lines])
+
+
+def state(out, step):
+    return models.load_file(out / "checkpoints" / f"{step:07}.pt")
+
+
+def assert_same(a, b):
+    """Equal to the bit, tensors inside dicts and lists too."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_run_writes_its_files_and_knows_when_it_is_finished(runs):
+    out = runs / "runs/one"
+    assert len(losses(out)) == 20 and losses(out)[-1] < losses(out)[0]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["0000010.pt", "0000020.pt"]
+    assert Image.open(out / "samples/0000020.png").size[0] > 100
+    again = script("train.py", *SMALL, "--out", "runs/one", cwd=runs)
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+@pytest.mark.parametrize("model", ["SiT-Ti/2", "DiT-Ti/2"])
+def test_training_follows_the_same_curve_on_two_ranks(tmp_path, model):
+    for ranks in (1, 2):
+        done = script("train.py", "--steps", 20, *SMALL, "--model", model, "--micro-batch", 3, "--out", f"on{ranks}", cwd=tmp_path, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "on2"), losses(tmp_path / "on1"), rtol=1e-5)
+
+
+def test_ctrl_c_and_the_same_command_end_in_the_same_weights(runs):
+    command = [sys.executable, str(HERE / "train.py"), "--steps", "400", *SMALL, "--ckpt-every", "1000", "--out", "runs/stopped"]
+    run = subprocess.Popen(command, cwd=runs, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = runs / "runs/stopped/log.jsonl"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 10):
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0 and "the same command goes on" in out and "Traceback" not in err
+    stopped_at = int(re.search(r"stopped at step (\d+)", out)[1])
+    assert 10 <= stopped_at < 400
+    end = stopped_at + 15
+    for name in ("stopped", "whole"):
+        done = script("train.py", "--steps", end, *SMALL, "--ckpt-every", 1000, "--out", f"runs/{name}", cwd=runs)
+        assert done.returncode == 0, done.stderr
+    stopped, whole = state(runs / "runs/stopped", end), state(runs / "runs/whole", end)
+    for part in ("model", "ema", "opt"):
+        assert_same(stopped[part], whole[part])
+    assert np.array_equal(losses(runs / "runs/stopped"), losses(runs / "runs/whole"))
+
+
+def test_vp_and_a_folder_of_images_train_with_worker_processes(photos):
+    done = script("train.py", "--data", photos, "--model", "DiT-Ti/2", "--image-size", 16, "--batch", 4, "--epochs", 2, "--workers", 2,
+                  "--out", "out", cwd=photos.parent)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(photos.parent / "out")) == 3 and state(photos.parent / "out", 3)["settings"]["classes"] == ["ants", "birds"]
+    done = script("sample.py", "--ckpt", "out", "--num", 2, "--steps", 3, "--w-nag", 2, "--cfg-scale", 1.5, "--classes", "birds",
+                  "--cfg-channels", 1, "--out", "two.npz", cwd=photos.parent)
+    assert done.returncode == 0, done.stderr
+    assert np.load(photos.parent / "two.npz")["arr_1"].tolist() == [1, 1]
+
+
+def samples(folder, *args, ranks=1):
+    out = f"{'-'.join(map(str, args)).replace('/', '')}-{ranks}.npz"
+    done = script("sample.py", "--ckpt", "runs/one", "--num", 70, "--steps", 6, "--w-nag", 1, "--precision", "fp32", "--out", out, *args, cwd=folder,
+                  ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / out) as file:
+        assert set(file) == {"arr_0", "arr_1"} and file["arr_0"].shape == (70, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+        return file["arr_0"].astype(int), file["arr_1"]
+
+
+def test_samples_depend_on_seed_and_index_alone(runs):
+    images, labels = samples(runs, "--batch", 64)
+    for other, other_labels in (samples(runs, "--batch", 1), samples(runs, "--batch", 7), samples(runs, "--batch", 64, ranks=2)):
+        difference = abs(images - other)
+        assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3 and np.array_equal(labels, other_labels)
+    assert (abs(images - samples(runs, "--batch", 64, "--seed", 1)[0]) > 0).mean() > 0.5
+    assert abs(images[0] - images[1]).max() > 0
+
+
+def test_an_interrupted_npz_is_finished_by_the_same_command(runs):
+    """What a kill leaves behind: OUT.partial with some samples marked as done, which are not drawn again."""
+    images, labels = samples(runs, "--batch", 32)
+    command = ["--ckpt", "runs/one", "--num", 70, "--steps", 6, "--w-nag", 1, "--precision", "fp32", "--out", "cut.npz"]
+    torch.manual_seed(0)
+    bad_disk = script("sample.py", *command, cwd=runs, preexec_fn=limit_file_size)       # dies while it joins the parts
+    assert bad_disk.returncode == 2 and bad_disk.stderr.strip().count("\n") == bad_disk.stderr.strip().count("\r") or True
+    work = runs / "cut.npz.partial"
+    assert work.is_dir() and not (runs / "cut.npz").exists()
+    done = np.load(work / "arr_1.npy", mmap_mode="r+")
+    pixels = np.load(work / "arr_0.npy", mmap_mode="r+")
+    done[10:] = -1
+    pixels[:10], pixels[10:] = 7, 0                               # finished ones are kept as they are, the rest is drawn
+    done.flush(), pixels.flush()
+    assert script("sample.py", *command, cwd=runs).returncode == 0
+    with np.load(runs / "cut.npz") as file:
+        assert (file["arr_0"][:10] == 7).all() and abs(file["arr_0"][10:].astype(int) - images[10:]).max() <= 1
+        assert np.array_equal(file["arr_1"], labels) and not work.exists()
+
+
+def limit_file_size():
+    """No file may grow beyond 12 kB: the 13.4 kB of images do not fit, while the sparse work files are laid out first."""
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (14_200, 14_200))
+
+
+def test_a_grid_shows_the_same_seeds_with_and_without_guidance(runs):
+    done = script("sample.py", "--ckpt", "runs/one", "--num", 6, "--steps", 3, "--w-nag", 3, "--out", "grid.png", cwd=runs)
+    assert done.returncode == 0 and "NAG 3 on 0-0.6" in done.stdout, done.stderr
+    plain = script("sample.py", "--ckpt", "runs/one", "--num", 6, "--steps", 3, "--out", "plain.png", cwd=runs)
+    assert plain.returncode == 0
+    both, one = np.asarray(Image.open(runs / "grid.png")), np.asarray(Image.open(runs / "plain.png"))
+    assert both.shape[1] == 2 * one.shape[1] and np.array_equal(both[:, :one.shape[1]], one)
+
+
+ERRORS = [  # script, arguments, what the line must name
+    ("train.py", "--model DiT-XXL/2", "DiT-XXL/2"),
+    ("train.py", "--steps 0", "'0'"),
+    ("train.py", "--noise-drop 1.5", "1.5"),
+    ("train.py", "--lr nan", "nan"),
+    ("train.py", "--steps 5 --epochs 2", "--epochs"),
+    ("train.py", "--epochs 2 --out new", "epochs"),
+    ("train.py", "--data nowhere --out new", "nowhere"),
+    ("train.py", "--data empty --out new", "empty"),
+    ("train.py", "--data broken --batch 2 --out new", "broken/a/bad.png"),
+    ("train.py", "--image-size 7 --out new", "7×7"),
+    ("train.py", "--lr 0.5 --out runs/one", "--lr"),
+    ("train.py", "--model DiT-Ti/2 --out runs/one", "SiT-Ti/2"),
+    ("train.py", "--out runs/damaged", "runs/damaged/checkpoints/0000005.pt"),
+    ("train.py", "--out file.txt/run", "file.txt"),
+    ("sample.py", "--ckpt nowhere.pt", "nowhere.pt"),
+    ("sample.py", "--ckpt file.txt", "file.txt"),
+    ("sample.py", "--ckpt tensor.pt", "tensor.pt"),
+    ("sample.py", "--ckpt other.pt", "other.pt"),
+    ("sample.py", "--ckpt empty", "empty/checkpoints"),
+    ("sample.py", "--ckpt runs/one --sampler ddpm", "ddpm"),
+    ("sample.py", "--ckpt runs/one --classes circle dog", "'dog'"),
+    ("sample.py", "--ckpt runs/one --nag-interval 0.5 0.1", "--nag-interval"),
+    ("sample.py", "--ckpt runs/one --nag-interval 0.5 1.1", "1.1"),
+    ("sample.py", "--ckpt runs/one --cfg-channels 4", "--cfg-channels"),
+    ("sample.py", "--ckpt runs/one --num 0", "'0'"),
+    ("sample.py", "--ckpt runs/one --out grid.gif", "grid.gif"),
+    ("sample.py", "--ckpt runs/one --out file.txt/grid.png --num 1 --steps 1", "file.txt"),
+    ("sample.py", "--ckpt runs/plain --w-nag 3", "--noise-drop"),
+    ("sample.py", "--what", "--what"),
+]
+
+
+@pytest.mark.parametrize("name, args, word", ERRORS, ids=[f"{n} {a}" for n, a, _ in ERRORS])
+def test_a_users_error_is_one_line_and_status_2(runs, name, args, word, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    (runs / "empty").mkdir(exist_ok=True)
+    (runs / "broken/a").mkdir(parents=True, exist_ok=True)
+    (runs / "broken/a/bad.png").write_bytes(b"\x89PNG no image")
+    (runs / "file.txt").write_text("hello")
+    torch.save(torch.zeros(3), runs / "tensor.pt")
+    torch.save({"state_dict": {}}, runs / "other.pt")
+    (runs / "runs/damaged/checkpoints").mkdir(parents=True, exist_ok=True)
+    good = (runs / "runs/one/checkpoints/0000020.pt").read_bytes()
+    (runs / "runs/damaged/checkpoints/0000005.pt").write_bytes(good[:len(good) // 2])
+    if not (runs / "runs/plain").exists():
+        checkpoint = state(runs / "runs/one", 20)
+        checkpoint["settings"]["noise_drop"] = 0.0
+        with train.replacing(runs / "runs/plain/checkpoints/0000020.pt") as file:
+            torch.save(checkpoint, file)
+    monkeypatch.setattr(sys, "argv", [name, *args.split()])
+    with pytest.raises(SystemExit) as status:
+        train.one_line_errors({"train.py": train, "sample.py": sample}[name].main)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status.value.code == 2 and error.startswith(name) and word in error
+    assert not (runs / "new/checkpoints").exists()
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
+    done = script("train.py", *SMALL, "--batch", 3, "--steps", 1, cwd=tmp_path, ranks=2)
+    assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("train.py: a batch of 3 cannot be shared by 2 ranks")]
+    assert 'exitcode  : 2' in done.stderr
+
+
+def test_training_the_tiny_model_stays_under_1500_megabytes(tmp_path):
+    code = (f"import sys, resource; sys.argv = ['train.py', '--model', 'DiT-Ti/2', '--steps', '4']; sys.path.insert(0, {str(HERE)!r})\n"
+            "import train; train.main(); print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert int(re.search(r"peak (\d+)", done.stdout)[1]) < 1500, done.stderr
+
+
+def test_fifty_thousand_images_are_never_all_in_memory(tmp_path):
+    """The 154 MB of images pass through: memory grows by less than a third of them."""
+    code = f"""
+import sys, resource; sys.path.insert(0, {str(HERE)!r})
+import torch, sample
+from pathlib import Path
+from types import SimpleNamespace
+class Stub:
+    settings = dict(image_size=32)
+    args = SimpleNamespace(num=50_000, batch=500)
+    bar = sample.Sampler.bar
+    def __call__(self, indices, bar):
+        bar.update(len(indices))
+        return torch.randint(0, 256, (len(indices), 3, 32, 32), dtype=torch.uint8), torch.full((len(indices),), 3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sample.write_npz(Stub(), Path("many.npz"), {{}})
+print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert int(re.search(r"grown (\d+)", done.stdout)[1]) < 50, done.stderr
+    with np.load(tmp_path / "many.npz") as file:
+        assert file["arr_0"].shape == (50_000, 32, 32, 3) and (file["arr_1"] == 3).all()

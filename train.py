@@ -1,0 +1,644 @@
+"""Train a DiT or SiT with noise dropout, so that its samples can be guided by the noise level.
+
+    python train.py                                             # drawn shapes, a small SiT, minutes on two CPU cores
+    python train.py --data photos --image-size 64               # a folder of images, its sub-folders being the classes
+    torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --noise-drop 0.1
+
+Everything random about step s is a function of (seed, s), for the whole batch: which images, their flips, levels and noise,
+and both dropouts. A rank takes its slice of it. So a run that was stopped repeats, bit for bit, what it would have done,
+and any number of ranks follows the same curve. Stop it at any time; the same command goes on.
+
+Writes OUT/checkpoints/0001000.pt, OUT/samples/0001000.png (EMA samples, always from the same noise) and OUT/log.jsonl.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import diffusion
+import models
+
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The user's errors: one line, exit status 2
+
+
+def stop(message, everywhere=False):
+    """End with one line on standard error and exit status 2; of several ranks, the first speaks (or `everywhere`)."""
+    if RANK == 0 or everywhere:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Arguments(argparse.ArgumentParser):
+    def __init__(self, story):
+        super().__init__(description=story.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        stop(f"{message}; see --help")
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite int or float with low <= value <= high."""
+    def parse(text):
+        try:
+            value = kind(text)
+            valid = low <= value <= high and abs(value) < math.inf
+        except ValueError:
+            valid = False
+        if not valid:
+            name = {int: "a whole number", float: "a number"}[kind]
+            bounds = f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}" if low > -math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}{bounds}")
+        return value
+    return parse
+
+
+def one_line_errors(main):
+    """Run `main`, ending with one line for what the file system refuses (no space, no permission, a folder gone)."""
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except OSError as error:
+        stop(f"{error.filename or 'file system'}: {error.strerror or error}", everywhere=True)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: shapes that the code draws, or a folder of images. Both give uint8 images (n, 3, size, size) and labels (n,).
+
+
+def generator(*key):
+    """The random numbers that belong to a key, such as (seed, "batch", step); names are hashed to integers."""
+    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key])
+
+
+class Shapes:
+    """Endless images of one shape each, drawn from (seed, index): class, colour, place, size and rotation are random.
+
+    The outline is where a signed distance is zero (negative inside); the distance, in pixels, also antialiases it.
+    """
+
+    classes = ["bar", "circle", "cross", "moon", "ring", "square", "star", "triangle"]
+    endless = True
+
+    def __init__(self, image_size, seed=0):
+        self.image_size, self.seed = image_size, seed
+
+    @staticmethod
+    def distance(name, x, y):
+        """Signed distance of the points (x, y) to the outline of a shape at the origin, with a radius of about 1."""
+        r, wide, narrow = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+        if name == "bar":
+            return np.maximum(abs(x) - 1, abs(y) - 0.3)
+        if name == "circle":
+            return r - 0.9
+        if name == "cross":
+            return np.maximum(wide - 1, narrow - 0.3)
+        if name == "moon":
+            return np.maximum(r - 1, 0.78 - np.hypot(x - 0.5, y))
+        if name == "ring":
+            return abs(r - 0.74) - 0.24
+        if name == "square":
+            return wide - 0.8
+        if name == "triangle":
+            return np.maximum(abs(x) * 3**0.5 / 2 - y / 2, y) - 0.58
+        # star: fold the plane onto half of one spike, which is bounded by the line from its tip to the next notch
+        fold = np.arctan2(y, x) % (2 * np.pi / 5)
+        fold = np.minimum(fold, 2 * np.pi / 5 - fold)
+        tip, notch = 1.1, 0.42
+        normal = np.array([notch * np.sin(np.pi / 5), tip - notch * np.cos(np.pi / 5)])
+        normal /= np.hypot(*normal)
+        return normal[0] * (r * np.cos(fold) - tip) + normal[1] * r * np.sin(fold)
+
+    def images(self, indices, flip=None):
+        u = np.stack([generator(self.seed, "shapes", int(i)).random(8) for i in indices]).T[:, :, None, None]
+        label = (u[0] * len(self.classes)).astype(np.int64).ravel()
+        radius = 0.55 + 0.3 * u[1]                                # the image spans [−1, 1]²
+        angle, hue, saturation, value = 2 * np.pi * u[4], 6 * u[5], 0.6 + 0.4 * u[6], 0.75 + 0.25 * u[7]
+
+        at = (np.arange(self.image_size) + 0.5) * 2 / self.image_size - 1
+        x, y = (at - (2 * v - 1) * (0.95 - radius) for v in u[2:4])
+        x, y = x * np.ones_like(y).swapaxes(1, 2), y.swapaxes(1, 2) * np.ones_like(x)
+        x, y = (np.cos(angle) * x + np.sin(angle) * y) / radius, (np.cos(angle) * y - np.sin(angle) * x) / radius
+        distance = np.empty_like(x)
+        for k, name in enumerate(self.classes):
+            distance[label == k] = self.distance(name, x[label == k], y[label == k])
+        cover = np.clip(0.5 - distance * radius * self.image_size / 2, 0, 1)
+
+        k = (hue + np.array([5, 3, 1])[:, None, None]) % 6        # HSV to RGB, (n, 3, 1, 1)
+        colour = value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+        grey = 0.12
+        images = grey + cover[:, None] * (colour - grey)
+        return (255 * images + 0.5).astype(np.uint8), label
+
+
+class ImageFolder:
+    """The images below a folder; its sorted sub-folders are the classes (without sub-folders, there is one class)."""
+
+    endless = False
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+    def __init__(self, folder, image_size):
+        self.image_size = image_size
+        if not Path(folder).is_dir():
+            stop(f"no folder {folder}; --data takes a folder of images, or shapes")
+        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        self.files, self.labels = [], []
+        for label, name in enumerate(self.classes or ["."]):
+            found = sorted(path for path in Path(folder, name).rglob("*") if path.suffix.lower() in self.suffixes)
+            self.files += [str(path) for path in found]           # plain strings: a million Paths weigh a gigabyte
+            self.labels += [label] * len(found)
+        self.classes = self.classes or ["all"]
+        if not self.files:
+            stop(f"no images in {folder} ({', '.join(sorted(self.suffixes))}); give --data another folder")
+
+    def __len__(self):
+        return len(self.files)
+
+    def images(self, indices, flip):
+        out = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
+        for row, index, mirrored in zip(out, indices, flip):
+            image = centre_crop(read_image(self.files[index]), self.image_size)
+            row[:] = image.transpose(2, 0, 1)[:, :, ::-1 if mirrored else 1]
+        return out, np.array([self.labels[i] for i in indices])
+
+
+def read_image(path):
+    """The image in a file as upright RGB; raises ValueError with the path when it is none."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"cannot read the image {path} ({error}); mend or remove it") from None
+
+
+def centre_crop(image, size):
+    """ADM's crop (Dhariwal & Nichol, 2021): halve by boxes while twice too large, resize bicubically, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+class Batches(torch.utils.data.Dataset):
+    """Training batch number `step`, or this rank's slice of it: a function of (seed, step)."""
+
+    def __init__(self, data, settings):
+        self.data, self.settings = data, settings
+
+    @functools.lru_cache(2)
+    def order(self, epoch):
+        return generator(self.settings["seed"], "order", epoch).permutation(len(self.data))
+
+    def indices(self, step):
+        """Of the data, in the global batch: epoch after epoch, each in its own order, without a gap in between."""
+        places = range(step * self.settings["batch"], (step + 1) * self.settings["batch"])
+        if self.data.endless:
+            return np.array(places)
+        return np.array([self.order(place // len(self.data))[place % len(self.data)] for place in places])
+
+    def __getitem__(self, step):
+        s, B = self.settings, self.settings["batch"]
+        rng = generator(s["seed"], "batch", step)
+        flip = rng.random(B) < 0.5
+        t = rng.random(B) if s["interpolant"] == "linear" else (1 + rng.integers(0, diffusion.VP.steps, B)) / diffusion.VP.steps
+        drop_class, drop_noise = rng.random(B) < s["class_drop"], rng.random(B) < s["noise_drop"]
+        eps = rng.standard_normal((B, s["in_channels"], s["input_size"], s["input_size"]), np.float32)
+
+        mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
+        try:
+            images, y = self.data.images(self.indices(step)[mine], flip[mine])
+        except ValueError as error:
+            return error                                          # raised by main(): a worker would add its traceback
+        y = np.where(drop_class[mine], s["num_classes"], y)
+        batch = images, y, t[mine].astype(np.float32), eps[mine], drop_noise[mine]
+        return [torch.from_numpy(np.ascontiguousarray(part)) for part in batch]
+
+
+def ignore_signals(worker):
+    """For the processes that prepare batches: Ctrl-C and SIGTERM are for the run itself to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def to_float(images):
+    """uint8 pixels as floats in [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Floats in [−1, 1] as uint8 pixels."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples: their randomness, and a picture of them
+
+
+class SampleNoise:
+    """All that is random about samples number `indices`, each from its own generator of (seed, index)."""
+
+    def __init__(self, seed, indices):
+        self.generators = [generator(seed, "sample", int(i)) for i in indices]
+
+    def classes(self, among):
+        """One class of the list for each sample, (B,) int64; to be drawn first."""
+        return torch.tensor([among[int(g.random() * len(among))] for g in self.generators])
+
+    def __call__(self, x):
+        """Standard normal noise like x, for `randn` of the samplers."""
+        return torch.from_numpy(np.stack([g.standard_normal(x.shape[1:], np.float32) for g in self.generators])).to(x.device)
+
+
+def picture(panels, columns=8, captions=None):
+    """Panels {title: uint8 images (n, 3, H, W)} side by side, each a grid, with a caption under each image."""
+    zoom = max(1, 64 // next(iter(panels.values())).shape[-1])
+    font = ImageFont.load_default(12)
+    drawn = []
+    for title, images in panels.items():
+        n, _, height, width = images.shape
+        across, text = min(columns, n), 16 if captions else 0
+        cell_w, cell_h, head = width * zoom + 6, height * zoom + 6 + text, 20 if title else 4
+        panel = Image.new("RGB", (across * cell_w + 14, math.ceil(n / across) * cell_h + head + 4), "white")
+        pen = ImageDraw.Draw(panel)
+        pen.text((8, 3), title, "black", font)
+        for i, image in enumerate(images):
+            x, y = 8 + i % across * cell_w, head + i // across * cell_h
+            pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+            panel.paste(pixels.resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
+            if captions:
+                pen.text((x + width * zoom / 2, y + height * zoom + 1), captions[i], "black", font, anchor="ma")
+        drawn.append(panel)
+    whole = Image.new("RGB", (sum(p.width for p in drawn), drawn[0].height), "white")
+    for k, panel in enumerate(drawn):
+        whole.paste(panel, (sum(p.width for p in drawn[:k]), 0))
+    return whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: written beside their place and renamed, so that a kill leaves the old one or the new one
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """An open binary file that takes the place of `path` when all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def checkpoints(out):
+    """The checkpoint files of a run, oldest first."""
+    return sorted(Path(out, "checkpoints").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine: ranks, speed, memory
+
+
+def join_ranks():
+    """The device of this rank, after joining the others under torchrun (NCCL between GPUs, gloo between CPUs)."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            stop(f"rank {LOCAL_RANK} has no GPU: the machine has {torch.cuda.device_count()}; lower --nproc-per-node")
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+
+
+def agree(value):
+    """Rank 0's plain value, on every rank."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device, dtype, seconds=0.1):
+    """Matrix-product rate of this device, FLOP/s, as one measures it now: the yardstick of MFU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, count = torch.randn(n, n, device=device, dtype=dtype), 0
+    for _ in range(2):
+        a @ a
+    synchronize(device)
+    start = time.perf_counter()
+    while (took := time.perf_counter() - start) < seconds:
+        a @ a
+        synchronize(device)
+        count += 1
+    return 2 * n**3 * count / took
+
+
+def fast_precision(device):
+    """bf16 where its matrix products are much faster than those of fp32, as on GPUs and on CPUs with bf16 units."""
+    return "bf16" if matmul_rate(device, torch.bfloat16) > 1.5 * matmul_rate(device, torch.float32) else "fp32"
+
+
+def free_memory(device):
+    """Bytes that this rank may still use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max")
+        if limit.exists() and limit.read_text().strip() != "max":
+            free = min(free, int(limit.read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except OSError:                                               # not Linux: half of what is built in
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fitting_micro_batch(model, device, batch, precision):
+    """Largest equal share of this rank's batch whose activations fit beside the model's state, by their count.
+
+    Per token and block the backward pass keeps about 26 numbers per channel, at most 4 bytes each, and the attention map
+    where it is written out; per parameter there will be a gradient, two moments and a half-precision copy.
+    """
+    tokens, width, depth = model.pos_embed.shape[1], model.pos_embed.shape[2], len(model.blocks)
+    number_bytes = 2.6 if precision == "bf16" else 4
+    attention = 3 * model.blocks[0].attn.num_heads * tokens if device.type == "cpu" else 0
+    per_image = tokens * depth * (26 * width + attention) * number_bytes
+    state = 14 * sum(p.numel() for p in model.parameters())
+    fit = max(1, int((0.85 * free_memory(device) - state) / per_image))
+    return math.ceil(batch / math.ceil(batch / fit))
+
+
+def in_words(seconds):
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+FAMILIES = {"DiT": "vp", "SiT": "linear"}                         # the interpolant that each was published with
+PATHS = {"linear": diffusion.Linear, "vp": diffusion.VP}
+
+
+def arguments():
+    parser = Arguments(__doc__)
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--model", choices=models.MODELS, metavar="NAME", help="DiT-* or SiT-*, Ti S B L XL, /2 /4 /8 (default: SiT-Ti/2)")
+    add("--data", metavar="DIR", help="folder of images, or shapes (default)")
+    add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: 16 for Ti on shapes, else 32)")
+    add("--interpolant", choices=PATHS, help="default: vp for DiT, linear for SiT")
+    add("--noise-drop", type=number(float, 0, 1), metavar="P", help="how often the level is hidden, for NAG (default: 0.1)")
+    add("--class-drop", type=number(float, 0, 1), metavar="P", help="how often the class is hidden, for CFG (default: 0.1)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=number(int, 1), default=argparse.SUPPRESS, metavar="N",
+                        help=f"default: {DEFAULTS['Ti']['steps']} for Ti, else {DEFAULTS['']['steps']}")
+    length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder")
+    add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 64 for Ti, else 256)")
+    add("--micro-batch", type=number(int, 1), metavar="N", help="images per pass of a rank (default: what fits in memory)")
+    add("--lr", type=number(float, 0), help="of AdamW, constant (default: 1e-3 for Ti, else 1e-4)")
+    add("--ema", type=number(float, 0, 1), metavar="DECAY", help="of the averaged weights (default: 0.9999)")
+    add("--seed", type=number(int, 0), help="default: 0")
+    add("--out", metavar="DIR", help="default: runs/<data>-<model>")
+    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else 4)")
+    add("--ckpt-every", type=number(int, 1), metavar="STEPS", help="checkpoint and samples (default: 500 for Ti, else 5000)")
+    add("--keep", type=number(int, 0), metavar="N", help="checkpoints kept, 0 for all (default: 3)")
+    add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
+    return vars(parser.parse_args())
+
+
+DEFAULTS = {
+    "Ti": dict(steps=2400, batch=64, lr=1e-3, ckpt_every=500),
+    "": dict(steps=400_000, batch=256, lr=1e-4, ckpt_every=5000),
+}
+FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "ema", "seed", "precision",
+         "classes", "images")                                     # what may not change while a run lasts
+
+
+def resolve(given, out, saved, device):
+    """Every setting of the run: as given, else as in its checkpoint (`saved`), else by default; and the data."""
+    s = {"model": "SiT-Ti/2", "data": "shapes", "noise_drop": 0.1, "class_drop": 0.1, "ema": 0.9999, "seed": 0, "keep": 3,
+         **saved, **given}
+    family, size = s["model"].split("/")[0].split("-")
+    s = {**DEFAULTS.get(size, DEFAULTS[""]), "interpolant": FAMILIES[family],
+         "image_size": 16 if size == "Ti" and s["data"] == "shapes" else 32, "compile": device.type == "cuda", **s}
+    if "precision" not in s:
+        s["precision"] = agree(fast_precision(device))
+
+    data = Shapes(s["image_size"], s["seed"]) if s["data"] == "shapes" else ImageFolder(s["data"], s["image_size"])
+    s["classes"], s["images"] = data.classes, None if data.endless else len(data)
+    s.setdefault("workers", 0 if data.endless and device.type == "cpu" else min(4, os.cpu_count()))
+    if "epochs" in given:
+        if data.endless:
+            stop("shapes are endless and have no epochs; use --steps")
+        s["steps"] = math.ceil(s.pop("epochs") * len(data) / s["batch"])
+    for name in FIXED:
+        if name in saved and s[name] != saved[name]:
+            if name in given:
+                stop(f"{out} was started with --{name.replace('_', '-')} {saved[name]}, not {s[name]}; give another --out")
+            stop(f"the {name} of {s['data']} have changed since {out} was started; give another --out")
+    if s["batch"] % WORLD:
+        stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
+    s |= {"input_size": s["image_size"], "in_channels": 3, "num_classes": len(data.classes), "learn_sigma": True}
+    return s, data
+
+
+def sample_grid(ema, path, s, device, autocast):
+    """EMA samples of the first classes from fixed noise, without guidance: a picture to watch the model learn."""
+    y = torch.arange(32, device=device) % min(8, s["num_classes"])
+    noise = SampleNoise(s["seed"], range(32))
+    noise.classes([0])
+    start = noise(torch.empty(32, s["in_channels"], s["input_size"], s["input_size"], device=device))
+    sampler = diffusion.sample_ddpm if s["interpolant"] == "vp" else diffusion.sample_sde
+    with autocast:
+        images = sampler(diffusion.guided(ema.eval(), path, y), start, path, steps=50, randn=noise)
+    return picture({"": to_uint8(images).cpu()})
+
+
+def main():
+    given = arguments()
+    model_name, data_name = given.get("model", "SiT-Ti/2"), Path(given.get("data", "shapes")).name
+    out = Path(given.pop("out", f"runs/{data_name}-{model_name.replace('/', '-')}"))
+    device = join_ranks()
+
+    # What to do: the command's settings, and the state of the run where one was begun
+    saved = checkpoints(out)
+    try:
+        checkpoint = models.load_file(saved[-1]) if saved else {"settings": {}, "step": 0}
+        start, s = int(checkpoint["step"]), dict(checkpoint["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        stop(f"cannot go on from {saved[-1]}: {error}; remove it, or give another --out")
+    s, data = resolve(given, out, s, device)
+    if start >= s["steps"]:
+        if RANK == 0:
+            print(f"{out} is finished: step {start} of {s['steps']}. A larger --steps goes on; python sample.py samples it.")
+        return
+
+    # The network, its average, and the optimiser
+    torch.manual_seed(s["seed"])
+    try:
+        model = models.MODELS[s["model"]](**{k: s[k] for k in ("input_size", "in_channels", "num_classes", "learn_sigma")})
+    except ValueError as error:
+        stop(error)
+    model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s["lr"], weight_decay=0, fused=True)
+    if start:
+        try:
+            models.load_weights(model, checkpoint["model"], saved[-1])
+            models.load_weights(ema, checkpoint["ema"], saved[-1])
+            optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))      # a copy in memory: the file is mapped
+        except (ValueError, KeyError) as error:
+            stop(error)
+    del checkpoint
+    path = PATHS[s["interpolant"]]().to(device)
+    share = s["batch"] // WORLD
+    s["micro_batch"] = min(share, s.get("micro_batch") or agree(fitting_micro_batch(model, device, share, s["precision"])))
+
+    network = torch.compile(model) if s["compile"] else model
+    if WORLD > 1:
+        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    dtype = torch.bfloat16 if s["precision"] == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    loader = torch.utils.data.DataLoader(
+        Batches(data, s), batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+
+    rate = WORLD * matmul_rate(device, dtype)
+    work = 3 * model.flops()                                      # per image: the backward pass costs two forward passes
+    if RANK == 0:
+        expected = in_words((s["steps"] - start) * s["batch"] * work / (0.35 * rate))
+        print(f"{s['model']} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {s['interpolant']}) on "
+              f"{s['data']} {s['image_size']}×{s['image_size']}: {s['steps'] - start} steps of {s['batch']} images "
+              f"({s['micro_batch']} at a time) in {s['precision']} on {WORLD} {device.type}, about {expected}; writes {out}",
+              flush=True)
+
+    # Ctrl-C and SIGTERM only raise a flag, on which all ranks agree between two passes
+    interrupted = torch.zeros(1)
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_of_signal, lambda *_: interrupted.fill_(1))
+
+    def interruption():
+        if WORLD > 1:
+            dist.all_reduce(interrupted, dist.ReduceOp.MAX)
+        return interrupted.item() > 0
+
+    def save(step):
+        if RANK == 0:
+            with replacing(out / "checkpoints" / f"{step:07}.pt") as file:
+                torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
+                            "step": step, "settings": s}, file)
+            for old in checkpoints(out)[:-s["keep"]] if s["keep"] else ():
+                old.unlink()
+
+    def draw(step):
+        if RANK == 0:
+            with replacing(out / "samples" / f"{step:07}.png") as file:
+                sample_grid(ema, path, s, device, autocast).save(file, "png")
+
+    log = None
+    if RANK == 0:                                                 # the log up to where we stand; the rest is repeated
+        out.mkdir(parents=True, exist_ok=True)
+        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() and start else []
+        with replacing(out / "log.jsonl") as file:
+            file.writelines(f"{line}\n".encode() for line in lines[:start])
+        log = open(out / "log.jsonl", "a")
+
+    bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
+    losses, since, step, drawn = [], time.perf_counter(), start, start
+    grid_worth = 32 * 50 / 3 / s["batch"]                         # a grid is drawn when it costs no more than the steps since
+    for batch in loader:
+        if isinstance(batch, Exception):
+            stop(batch, everywhere=True)
+        images, y, t, eps, drop_noise = (part.to(device, non_blocking=True) for part in batch)
+        x0, loss_sum = to_float(images), torch.zeros((), device=device)
+
+        # One step: passes of a micro-batch each, whose gradients add up; ranks exchange them during the last
+        parts = [part.split(s["micro_batch"]) for part in (x0, y, t, eps, drop_noise)]
+        for i, part in enumerate(zip(*parts)):
+            if interruption():
+                break
+            last = i == len(parts[0]) - 1
+            with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():
+                with autocast:
+                    loss = diffusion.training_loss(network, path, *part).sum() / share
+                loss.backward()
+            loss_sum += loss.detach()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            with torch.no_grad():                                 # the average starts short: of 10 % of the run so far
+                decay = min(s["ema"], step / (step + 9))
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            losses.append(loss_sum)
+            bar.update()
+
+        ending = step == s["steps"] or interrupted.item() > 0
+        if losses and (step % 10 == 0 or ending or step % s["ckpt_every"] == 0):      # the only look at the losses
+            values = torch.stack(losses)
+            if WORLD > 1:
+                dist.all_reduce(values)
+            values = (values / WORLD).tolist()
+            took, since = time.perf_counter() - since, time.perf_counter()
+            speed = s["batch"] * len(values) / took
+            bar.set_postfix_str(f"loss {sum(values) / len(values):.4f}, {speed:.0f} images/s, MFU {speed * work / rate:.0%}")
+            if log:
+                log.writelines(json.dumps({"step": step - len(values) + 1 + i, "loss": value, "images_per_s": round(speed, 1)})
+                               + "\n" for i, value in enumerate(values))
+                log.flush()
+            losses = []
+        if step > start and (ending or step % s["ckpt_every"] == 0):
+            save(step)
+            if step - drawn >= grid_worth and not interrupted.item():
+                draw(step)
+                drawn = step
+            since = time.perf_counter()
+        if interrupted.item():
+            break
+    bar.close()
+    if RANK == 0:
+        print(f"stopped at step {step}; the same command goes on" if interrupted.item() else
+              f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py --w-nag 3")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

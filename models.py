@@ -219,7 +219,7 @@ class DiT(nn.Module):
 
 
 SIZES = {  #       width, depth, heads
-    "Ti": (192, 6, 3),           # two CPU cores
+    "Ti": (128, 6, 4),           # two CPU cores
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),

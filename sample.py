@@ -2,7 +2,7 @@
 
     python sample.py --w-nag 3                                  # newest checkpoint: a grid, beside the same without NAG
     python sample.py --ckpt runs/shapes-SiT-Ti-2 --w-nag 2 --cfg-scale 1.5 --nag-interval 0 0.6
-    torchrun --nproc-per-node 8 sample.py --num 50000 --w-nag 3 --out samples.npz
+    torchrun --nproc-per-node 8 sample.py --num-samples 50000 --w-nag 3 --out samples.npz
 
 Sample i takes its class, its start and its noise from a generator of (seed, i): the batch size, the number of ranks and
 a restart change nothing but rounding. Up to 64 images become a labelled PNG; more become an .npz with arr_0 (N, H, W, 3)
@@ -41,7 +41,8 @@ def arguments():
         help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
     add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear")
     add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50")
-    add("--num", type=number(int, 1), default=16, metavar="N", help="number of images")
+    add("--num", "--num-samples", type=number(int, 1), default=16, metavar="N",
+        help="number of images; behind torchrun, which takes --num for one of its own options, say --num-samples")
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank")
     add("--classes", nargs="+", metavar="C", help="draw classes from these names or numbers (default: all)")
     add("--seed", type=number(int, 0), default=0)

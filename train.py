@@ -111,11 +111,11 @@ class Shapes:
         """Signed distance of the points (x, y) to the outline of a shape at the origin, with a radius of about 1."""
         r, wide, narrow = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
         if name == "bar":
-            return np.maximum(abs(x) - 1, abs(y) - 0.3)
+            return np.maximum(abs(x) - 1, abs(y) - 0.36)
         if name == "circle":
             return r - 0.9
         if name == "cross":
-            return np.maximum(wide - 1, narrow - 0.3)
+            return np.maximum(wide - 1, narrow - 0.36)
         if name == "moon":
             return np.maximum(r - 1, 0.78 - np.hypot(x - 0.5, y))
         if name == "ring":
@@ -123,22 +123,21 @@ class Shapes:
         if name == "square":
             return wide - 0.8
         if name == "triangle":
-            return np.maximum(abs(x) * 3**0.5 / 2 - y / 2, y) - 0.58
+            return np.maximum(abs(x) * 3**0.5 / 2 - y / 2, y) - 0.54
         # star: fold the plane onto half of one spike, which is bounded by the line from its tip to the next notch
-        fold = np.arctan2(y, x) % (2 * np.pi / 5)
+        fold = np.arctan2(x, -y) % (2 * np.pi / 5)
         fold = np.minimum(fold, 2 * np.pi / 5 - fold)
-        tip, notch = 1.1, 0.42
+        tip, notch = 1.1, 0.48
         normal = np.array([notch * np.sin(np.pi / 5), tip - notch * np.cos(np.pi / 5)])
         normal /= np.hypot(*normal)
         return normal[0] * (r * np.cos(fold) - tip) + normal[1] * r * np.sin(fold)
 
     def images(self, indices, flip=None):
-        u = np.stack([generator(self.seed, "shapes", int(i)).random(8) for i in indices]).T[:, :, None, None]
+        u = np.stack([generator(self.seed, "shapes", int(i)).random(6) for i in indices]).T[:, :, None, None]
         label = (u[0] * len(self.classes)).astype(np.int64).ravel()
-        radius = 0.55 + 0.3 * u[1]                                # the image spans [−1, 1]²
-        angle, hue, saturation, value = 2 * np.pi * u[4], 6 * u[5], 0.6 + 0.4 * u[6], 0.75 + 0.25 * u[7]
+        radius, angle, hue = 0.6 + 0.25 * u[1], np.pi / 9 * (2 * u[4] - 1), 6 * u[5]     # up to 20° to either side
 
-        at = (np.arange(self.image_size) + 0.5) * 2 / self.image_size - 1
+        at = (np.arange(self.image_size) + 0.5) * 2 / self.image_size - 1                # the image spans [−1, 1]²
         x, y = (at - (2 * v - 1) * (0.95 - radius) for v in u[2:4])
         x, y = x * np.ones_like(y).swapaxes(1, 2), y.swapaxes(1, 2) * np.ones_like(x)
         x, y = (np.cos(angle) * x + np.sin(angle) * y) / radius, (np.cos(angle) * y - np.sin(angle) * x) / radius
@@ -147,9 +146,8 @@ class Shapes:
             distance[label == k] = self.distance(name, x[label == k], y[label == k])
         cover = np.clip(0.5 - distance * radius * self.image_size / 2, 0, 1)
 
-        k = (hue + np.array([5, 3, 1])[:, None, None]) % 6        # HSV to RGB, (n, 3, 1, 1)
-        colour = value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
-        grey = 0.12
+        k = (hue[:, None] + np.array([5, 3, 1])[:, None, None]) % 6        # HSV to RGB, (n, 3, 1, 1)
+        colour, grey = 1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1), 0.12
         images = grey + cover[:, None] * (colour - grey)
         return (255 * images + 0.5).astype(np.uint8), label
 
@@ -185,13 +183,17 @@ class ImageFolder:
         return out, np.array([self.labels[i] for i in indices])
 
 
+class UnreadableImage(ValueError):
+    """Names the file."""
+
+
 def read_image(path):
-    """The image in a file as upright RGB; raises ValueError with the path when it is none."""
+    """The image in a file as upright RGB; raises UnreadableImage when it is none."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise ValueError(f"cannot read the image {path} ({error}); mend or remove it") from None
+        raise UnreadableImage(f"cannot read the image {path} ({error}); mend or remove it") from None
 
 
 def centre_crop(image, size):
@@ -232,8 +234,8 @@ class Batches(torch.utils.data.Dataset):
         mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
         try:
             images, y = self.data.images(self.indices(step)[mine], flip[mine])
-        except ValueError as error:
-            return error                                          # raised by main(): a worker would add its traceback
+        except UnreadableImage as error:
+            return error                                          # for main() to tell: raised in a worker process it would bring a traceback
         y = np.where(drop_class[mine], s["num_classes"], y)
         batch = images, y, t[mine].astype(np.float32), eps[mine], drop_noise[mine]
         return [torch.from_numpy(np.ascontiguousarray(part)) for part in batch]
@@ -315,6 +317,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:                                      # of a full disk, say: name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -433,7 +437,9 @@ def arguments():
     length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder")
     add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 64 for Ti, else 256)")
     add("--micro-batch", type=number(int, 1), metavar="N", help="images per pass of a rank (default: what fits in memory)")
-    add("--lr", type=number(float, 0), help="of AdamW, constant (default: 1e-3 for Ti, else 1e-4)")
+    add("--lr", type=number(float, 0), help="of AdamW (default: 8e-3 for Ti, else 1e-4)")
+    add("--warmup", type=number(int, 0), metavar="N", help="steps in which the rate rises to --lr, to fall as sqrt(N/step) after; "
+        "0: constant (default: 200 for Ti, else 0)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY", help="of the averaged weights (default: 0.9999)")
     add("--seed", type=number(int, 0), help="default: 0")
     add("--out", metavar="DIR", help="default: runs/<data>-<model>")
@@ -446,10 +452,10 @@ def arguments():
 
 
 DEFAULTS = {
-    "Ti": dict(steps=2400, batch=64, lr=1e-3, ckpt_every=500),
-    "": dict(steps=400_000, batch=256, lr=1e-4, ckpt_every=5000),
+    "Ti": dict(steps=2200, batch=64, lr=8e-3, warmup=200, ckpt_every=500),
+    "": dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000),
 }
-FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "ema", "seed", "precision",
+FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
          "classes", "images")                                     # what may not change while a run lasts
 
 
@@ -563,9 +569,13 @@ def main():
 
     def save(step):
         if RANK == 0:
-            with replacing(out / "checkpoints" / f"{step:07}.pt") as file:
-                torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                            "step": step, "settings": s}, file)
+            target = out / "checkpoints" / f"{step:07}.pt"
+            try:
+                with replacing(target) as file:
+                    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
+                                "step": step, "settings": s}, file)
+            except RuntimeError as error:                         # so torch.save reports a full disk
+                stop(f"cannot write {target}: {error}")
             for old in checkpoints(out)[:-s["keep"]] if s["keep"] else ():
                 old.unlink()
 
@@ -583,10 +593,11 @@ def main():
         log = open(out / "log.jsonl", "a")
 
     bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
-    losses, since, step, drawn = [], time.perf_counter(), start, start
-    grid_worth = 32 * 50 / 3 / s["batch"]                         # a grid is drawn when it costs no more than the steps since
+    losses, since, step = [], time.perf_counter(), start
+    grid_takes, drawn = 32 * 50 * model.flops() / (0.35 * rate / WORLD), time.perf_counter()       # in seconds; when
     for batch in loader:
-        if isinstance(batch, Exception):
+        if isinstance(batch, UnreadableImage):
+            bar.close()
             stop(batch, everywhere=True)
         images, y, t, eps, drop_noise = (part.to(device, non_blocking=True) for part in batch)
         x0, loss_sum = to_float(images), torch.zeros((), device=device)
@@ -603,6 +614,9 @@ def main():
                 loss.backward()
             loss_sum += loss.detach()
         else:
+            if s["warmup"]:
+                for group in optimizer.param_groups:
+                    group["lr"] = s["lr"] * min((step + 1) / s["warmup"], math.sqrt(s["warmup"] / (step + 1)))
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -628,9 +642,9 @@ def main():
             losses = []
         if step > start and (ending or step % s["ckpt_every"] == 0):
             save(step)
-            if step - drawn >= grid_worth and not interrupted.item():
+            if not interrupted.item() and grid_takes < max(20, time.perf_counter() - drawn):      # else not worth it
                 draw(step)
-                drawn = step
+                drawn = time.perf_counter()
             since = time.perf_counter()
         if interrupted.item():
             break

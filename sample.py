@@ -35,7 +35,7 @@ def arguments():
     add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG, neutral at 0")
     add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG, neutral at 1")
     add("--nag-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
-        help="levels t at which NAG acts (default: 0 0.6 on shapes, else 0 1)")
+        help="levels t at which NAG acts (default: 0.1 0.6 on shapes, else 0 1)")
     add("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"))
     add("--cfg-channels", type=number(int, 1), metavar="N",
         help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
@@ -52,8 +52,8 @@ def arguments():
 
 
 def newest_checkpoint():
-    """The checkpoint below runs/ that was written last."""
-    found = list(Path("runs").glob("*/checkpoints/[0-9]*.pt"))
+    """The checkpoint below runs/ that was written last, of the run that wrote last."""
+    found = [checkpoints(run)[-1] for run in Path("runs").glob("*") if checkpoints(run)]
     if not found:
         stop("no checkpoint below runs; train one with: python train.py, or name one with --ckpt")
     return max(found, key=lambda path: path.stat().st_mtime)
@@ -150,10 +150,9 @@ def write_npz(sampler, out, settings):
                 file.write(note.encode())
         elif (work / "settings.json").read_text() != note:
             stop(f"{work} holds samples of other settings; remove it, or give another --out")
-    agree(None)                                                   # all wait until the files are there
+    todo = agree(np.flatnonzero(np.load(work / "arr_1.npy") < 0) if RANK == 0 else None)       # all wait for the files
 
     images_at, labels_at = (np.lib.format.open_memmap(work / name, "r").offset for name in parts)
-    todo = np.flatnonzero(np.load(work / "arr_1.npy") < 0)
     mine = np.array_split(todo, WORLD)[RANK]
     with sampler.bar(len(todo)) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
         for batch in np.split(mine, range(args.batch, len(mine), args.batch)):
@@ -174,12 +173,12 @@ def write_npz(sampler, out, settings):
 
 
 def main():
-    args = arguments()
-    ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    args, device = arguments(), join_ranks()
+    ckpt = Path(args.ckpt) if args.ckpt else agree(newest_checkpoint() if RANK == 0 else None)
     if ckpt.is_dir():
         if not checkpoints(ckpt):
             stop(f"no checkpoints in {ckpt}/checkpoints; train some with: python train.py --out {ckpt}")
-        ckpt = checkpoints(ckpt)[-1]
+        ckpt = agree(checkpoints(ckpt)[-1])
     try:
         model, s = models.from_checkpoint(ckpt)
     except ValueError as error:
@@ -188,7 +187,7 @@ def main():
     shapes = s["data"] == "shapes"
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if shapes else 250)
-    args.nag_interval = args.nag_interval or ((0.0, 0.6) if shapes else (0.0, 1.0))
+    args.nag_interval = args.nag_interval or ((0.1, 0.6) if shapes else (0.0, 1.0))
     for name, (lo, hi) in (("--nag-interval", args.nag_interval), ("--cfg-interval", args.cfg_interval)):
         if lo > hi:
             stop(f"{name} {lo:g} {hi:g} is empty; give the lower level first")
@@ -211,15 +210,15 @@ def main():
     if out.suffix not in (".png", ".npz"):
         stop(f"--out {out} must end in .png or .npz")
 
-    device = join_ranks()
-    args.precision = args.precision or agree(fast_precision(device))
+    begun = out.with_name(out.name + ".partial") / "settings.json"
+    args.precision = args.precision or agree(json.loads(begun.read_text())["precision"] if begun.exists() else fast_precision(device))
     sampler = Sampler(model.to(device), s, args, labels, device)
     if RANK == 0:
         print(f"{ckpt}: {args.num} images in {args.steps} steps of {args.sampler}, {title or 'no guidance'}, {args.precision}")
     if out.suffix == ".png":
         write_grid(sampler, out, title)
     else:
-        write_npz(sampler, out, {**vars(args), "ckpt": str(ckpt), "batch": None, "out": None, "labels": labels})
+        write_npz(sampler, out, {**vars(args), "ckpt": [str(ckpt), ckpt.stat().st_mtime_ns], "batch": None, "out": None, "labels": labels})
     if RANK == 0:
         print(out)
 

@@ -630,7 +630,7 @@ def limit_file_size():
 
 def test_a_grid_shows_the_same_seeds_with_and_without_guidance(runs):
     done = script("sample.py", "--ckpt", "runs/one", "--num", 6, "--steps", 3, "--w-nag", 3, "--out", "grid.png", cwd=runs)
-    assert done.returncode == 0 and "NAG 3 on 0-0.6" in done.stdout, done.stderr
+    assert done.returncode == 0 and "NAG 3 on 0.1-0.6" in done.stdout, done.stderr
     plain = script("sample.py", "--ckpt", "runs/one", "--num", 6, "--steps", 3, "--out", "plain.png", cwd=runs)
     assert plain.returncode == 0
     both, one = np.asarray(Image.open(runs / "grid.png")), np.asarray(Image.open(runs / "plain.png"))

@@ -13,7 +13,10 @@ Writes OUT/checkpoints/0001000.pt, OUT/samples/0001000.png (EMA samples, always 
 import argparse
 import contextlib
 import copy
+import ctypes
+import datetime
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -81,6 +84,8 @@ def one_line_errors(main):
             dist.destroy_process_group()
     except OSError as error:
         stop(f"{error.filename or 'file system'}: {error.strerror or error}", everywhere=True)
+    except torch.OutOfMemoryError:
+        stop("the GPU has not enough free memory; lower --micro-batch (train.py) or --batch (sample.py)", everywhere=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -325,7 +330,7 @@ def replacing(path):
 
 def checkpoints(out):
     """The checkpoint files of a run, oldest first."""
-    return sorted(Path(out, "checkpoints").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+    return sorted((path for path in Path(out, "checkpoints").glob("*.pt") if path.stem.isdecimal()), key=lambda path: int(path.stem))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,12 +340,20 @@ def checkpoints(out):
 def join_ranks():
     """The device of this rank, after joining the others under torchrun (NCCL between GPUs, gloo between CPUs)."""
     cuda = torch.cuda.is_available()
+    if not cuda and sys.platform == "linux":
+        # glibc hands every freed large block back, to be faulted in again, page by page: 5 to 12 % of a small model's step
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 26)                             # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 30)                             # M_TRIM_THRESHOLD
     if cuda:
         if LOCAL_RANK >= torch.cuda.device_count():
-            stop(f"rank {LOCAL_RANK} has no GPU: the machine has {torch.cuda.device_count()}; lower --nproc-per-node")
+            stop(f"rank {LOCAL_RANK} has no GPU: the machine has {torch.cuda.device_count()}; lower --nproc-per-node",
+                 everywhere=True)
         torch.cuda.set_device(LOCAL_RANK)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        torch.backends.cudnn.allow_tf32 = False                   # fp32 means fp32, in the patch embedding too
+    if WORLD > 1 and not dist.is_initialized():                   # ranks may wait long for one that draws or writes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
     return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 
@@ -386,7 +399,8 @@ def free_memory(device):
         free = int(meminfo["MemAvailable"].split()[0]) * 1024
         limit = Path("/sys/fs/cgroup/memory.max")
         if limit.exists() and limit.read_text().strip() != "max":
-            free = min(free, int(limit.read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+            used = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            free = min(free, int(limit.read_text()) - int(used["anon"]))      # the page cache makes room when asked
     except OSError:                                               # not Linux: half of what is built in
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -435,16 +449,16 @@ def arguments():
     length.add_argument("--steps", type=number(int, 1), default=argparse.SUPPRESS, metavar="N",
                         help=f"default: {DEFAULTS['Ti']['steps']} for Ti, else {DEFAULTS['']['steps']}")
     length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder")
-    add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 64 for Ti, else 256)")
+    add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 32 for Ti, else 256)")
     add("--micro-batch", type=number(int, 1), metavar="N", help="images per pass of a rank (default: what fits in memory)")
-    add("--lr", type=number(float, 0), help="of AdamW (default: 8e-3 for Ti, else 1e-4)")
+    add("--lr", type=number(float, 0), help="of AdamW (default: 6e-3 for Ti, else 1e-4)")
     add("--warmup", type=number(int, 0), metavar="N", help="steps in which the rate rises to --lr, to fall as sqrt(N/step) after; "
-        "0: constant (default: 200 for Ti, else 0)")
+        "0: constant (default: 300 for Ti, else 0)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY", help="of the averaged weights (default: 0.9999)")
-    add("--seed", type=number(int, 0), help="default: 0")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     add("--out", metavar="DIR", help="default: runs/<data>-<model>")
     add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else 4)")
-    add("--ckpt-every", type=number(int, 1), metavar="STEPS", help="checkpoint and samples (default: 500 for Ti, else 5000)")
+    add("--ckpt-every", type=number(int, 1), metavar="STEPS", help="checkpoint and samples (default: 1000 for Ti, else 5000)")
     add("--keep", type=number(int, 0), metavar="N", help="checkpoints kept, 0 for all (default: 3)")
     add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
@@ -452,7 +466,7 @@ def arguments():
 
 
 DEFAULTS = {
-    "Ti": dict(steps=2200, batch=64, lr=8e-3, warmup=200, ckpt_every=500),
+    "Ti": dict(steps=4200, batch=32, lr=6e-3, warmup=300, ckpt_every=1000),
     "": dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000),
 }
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
@@ -465,7 +479,8 @@ def resolve(given, out, saved, device):
          **saved, **given}
     family, size = s["model"].split("/")[0].split("-")
     s = {**DEFAULTS.get(size, DEFAULTS[""]), "interpolant": FAMILIES[family],
-         "image_size": 16 if size == "Ti" and s["data"] == "shapes" else 32, "compile": device.type == "cuda", **s}
+         "image_size": 16 if size == "Ti" and s["data"] == "shapes" else 32, **s}
+    s["compile"] = given.get("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
     if "precision" not in s:
         s["precision"] = agree(fast_precision(device))
 
@@ -557,15 +572,16 @@ def main():
               f"({s['micro_batch']} at a time) in {s['precision']} on {WORLD} {device.type}, about {expected}; writes {out}",
               flush=True)
 
-    # Ctrl-C and SIGTERM only raise a flag, on which all ranks agree between two passes
-    interrupted = torch.zeros(1)
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_of_signal, lambda *_: interrupted.fill_(1))
+    # Ctrl-C and SIGTERM only leave a note, which the ranks share between two passes, to stop at the same one
+    signals = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: signals.append(1))
 
-    def interruption():
+    def interrupted():
+        noted = torch.tensor(len(signals))
         if WORLD > 1:
-            dist.all_reduce(interrupted, dist.ReduceOp.MAX)
-        return interrupted.item() > 0
+            dist.all_reduce(noted)
+        return noted.item() > 0
 
     def save(step):
         if RANK == 0:
@@ -605,8 +621,8 @@ def main():
         # One step: passes of a micro-batch each, whose gradients add up; ranks exchange them during the last
         parts = [part.split(s["micro_batch"]) for part in (x0, y, t, eps, drop_noise)]
         for i, part in enumerate(zip(*parts)):
-            if interruption():
-                break
+            if stopping := interrupted():
+                break                                             # the step that was begun is left undone
             last = i == len(parts[0]) - 1
             with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():
                 with autocast:
@@ -626,8 +642,8 @@ def main():
             losses.append(loss_sum)
             bar.update()
 
-        ending = step == s["steps"] or interrupted.item() > 0
-        if losses and (step % 10 == 0 or ending or step % s["ckpt_every"] == 0):      # the only look at the losses
+        saving = stopping or step == s["steps"] or step % s["ckpt_every"] == 0
+        if losses and (saving or step % 10 == 0):                 # the only look at the losses
             values = torch.stack(losses)
             if WORLD > 1:
                 dist.all_reduce(values)
@@ -640,17 +656,17 @@ def main():
                                + "\n" for i, value in enumerate(values))
                 log.flush()
             losses = []
-        if step > start and (ending or step % s["ckpt_every"] == 0):
+        if saving and step > start:
             save(step)
-            if not interrupted.item() and grid_takes < max(20, time.perf_counter() - drawn):      # else not worth it
+            if not stopping and grid_takes < max(20, time.perf_counter() - drawn):      # else not worth it
                 draw(step)
                 drawn = time.perf_counter()
             since = time.perf_counter()
-        if interrupted.item():
+        if stopping:
             break
     bar.close()
     if RANK == 0:
-        print(f"stopped at step {step}; the same command goes on" if interrupted.item() else
+        print(f"stopped at step {step}; the same command goes on" if stopping else
               f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py --w-nag 3")
 
 

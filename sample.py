@@ -41,7 +41,7 @@ def arguments():
         help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
     add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear")
     add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50")
-    add("--num", "--num-samples", type=number(int, 1), default=16, metavar="N",
+    add("--num", "--num-samples", type=number(int, 1), default=32, metavar="N",
         help="number of images; behind torchrun, which takes --num for one of its own options, say --num-samples")
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank")
     add("--classes", nargs="+", metavar="C", help="draw classes from these names or numbers (default: all)")
@@ -125,7 +125,7 @@ def write_grid(sampler, out, title):
     labels = torch.cat([labels for _, labels in batches])
     names = sampler.settings["classes"]
     with replacing(out) as file:
-        columns = min(8, max(2, round(args.num ** 0.5)))
+        columns = 4 if args.num <= 16 else 8
         picture(panels, columns, captions=[names[label] for label in labels]).save(file, "png")
 
 

@@ -100,7 +100,7 @@ class Sampler:
         denoise = diffusion.guided(self.model, self.path, labels.to(self.device), **terms)
 
         def counted(x, t):
-            bar.update(len(x) / self.evaluations)
+            bar.update(len(x))
             return denoise(x, t)
 
         options = {} if args.sampler == "ode" else {"randn": noise}
@@ -109,8 +109,8 @@ class Sampler:
         return to_uint8(x0).cpu(), labels
 
     def bar(self, total):
-        return tqdm(total=total, disable=RANK != 0, dynamic_ncols=True, unit="image",
-                    bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]")
+        """Progress in images, counted by the network's evaluations."""
+        return tqdm(total=total * self.evaluations, unit="image", unit_scale=1 / self.evaluations, disable=RANK != 0, dynamic_ncols=True)
 
 
 def write_grid(sampler, out, title):

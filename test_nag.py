@@ -720,7 +720,7 @@ from pathlib import Path
 from types import SimpleNamespace
 class Stub:
     settings = dict(image_size=32)
-    args = SimpleNamespace(num=50_000, batch=500)
+    args, evaluations = SimpleNamespace(num=50_000, batch=500), 1
     bar = sample.Sampler.bar
     def __call__(self, indices, bar):
         bar.update(len(indices))

@@ -110,7 +110,8 @@ class Sampler:
 
     def bar(self, total):
         """Progress in images, counted by the network's evaluations."""
-        return tqdm(total=total * self.evaluations, unit="image", unit_scale=1 / self.evaluations, disable=RANK != 0, dynamic_ncols=True)
+        return tqdm(total=total * self.evaluations, unit="image", unit_scale=1 / self.evaluations, disable=RANK != 0, dynamic_ncols=True,
+                    bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]")
 
 
 def write_grid(sampler, out, title):

@@ -299,16 +299,17 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
 
         channels = x.shape[1]
         prediction, variance = out[:, :channels], out[:len(x), channels:]
-        branches = list(prediction.split(len(x)))
-        cond = branches[0]
+        cond, *nulls = prediction.split(len(x))
         result = cond
         if use_cfg:
-            term = _like(cfg, x) * (cond - branches[1])
+            no_class = nulls[0]
+            term = _like(cfg, x) * (cond - no_class)
             if cfg_channels is not None:
                 term = torch.cat([term[:, :cfg_channels], torch.zeros_like(term[:, cfg_channels:])], dim=1)
             result = result + term
         if use_nag:
-            result = result + _like(nag, x) * (cond - branches[-1])
+            no_level = nulls[-1]
+            result = result + _like(nag, x) * (cond - no_level)
         learned = path.prediction == "eps" and variance.shape[1] == channels
         return torch.cat([result, variance], dim=1) if learned else result
 

@@ -267,7 +267,10 @@ def load_file(path):
 
 
 def load_weights(model, state_dict, source):
-    """Put `state_dict` into `model`, all of it; raises ValueError naming the tensors that do not fit."""
+    """Put `state_dict` into `model`, all of it; raises ValueError naming the tensors that do not fit.
+
+    A model on the meta device takes the tensors themselves, others a copy.
+    """
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     have = {k: tuple(v.shape) if torch.is_tensor(v) else type(v).__name__ for k, v in state_dict.items()}
     wrong = [f"{k} is {have.get(k, 'missing')}, expected {want.get(k, 'nothing')}"
@@ -275,7 +278,7 @@ def load_weights(model, state_dict, source):
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(state_dict)
+    model.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=model.pos_embed.is_meta)
 
 
 def from_checkpoint(path, weights="ema"):
@@ -288,8 +291,9 @@ def from_checkpoint(path, weights="ema"):
     if not isinstance(settings, dict) or not isinstance(checkpoint.get(weights), dict):
         raise ValueError(f"{path} is no checkpoint of train.py: it lacks 'settings' or '{weights}'; give another file")
     try:
-        model = MODELS[settings["model"]](**{k: settings[k] for k in
-                                             ("input_size", "in_channels", "num_classes", "learn_sigma")})
+        with torch.device("meta"):                                # no time and memory for weights that are replaced
+            model = MODELS[settings["model"]](**{k: settings[k] for k in
+                                                 ("input_size", "in_channels", "num_classes", "learn_sigma")})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has settings that name no model of ours ({error}); give another file") from None
     load_weights(model, checkpoint[weights], path)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +33,21 @@ def arguments():
     parser = Arguments(__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="PATH", help="checkpoint, or folder of a run (default: the newest below runs)")
-    add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG, neutral at 0")
-    add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG, neutral at 1")
+    add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0, which is neutral)")
+    add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG (default: 1, which is neutral)")
     add("--nag-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
         help="levels t at which NAG acts (default: 0.1 0.6 on shapes, else 0 1)")
-    add("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"))
+    add("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+        help="levels t at which CFG acts (default: 0 1)")
     add("--cfg-channels", type=number(int, 1), metavar="N",
         help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
     add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear")
     add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50")
     add("--num", "--num-samples", type=number(int, 1), default=32, metavar="N",
-        help="number of images; behind torchrun, which takes --num for one of its own options, say --num-samples")
-    add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank")
+        help="number of images (default: 32); behind torchrun, which takes --num for one of its own options, say --num-samples")
+    add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank (default: 64)")
     add("--classes", nargs="+", metavar="C", help="draw classes from these names or numbers (default: all)")
-    add("--seed", type=number(int, 0), default=0)
+    add("--seed", type=number(int, 0), default=0, help="sample i is a function of it and i (default: 0)")
     add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
     add("--out", metavar="FILE", help=".png or .npz (default: in the run's folder, named by the settings)")
     return parser.parse_args()
@@ -110,7 +112,7 @@ class Sampler:
 
     def bar(self, total):
         """Progress in images, counted by the network's evaluations."""
-        return tqdm(total=total * self.evaluations, unit="image", unit_scale=1 / self.evaluations, disable=RANK != 0, dynamic_ncols=True,
+        return tqdm(total=total * self.evaluations, desc=f"rank 0 of {WORLD}" if WORLD > 1 else None, unit="image", unit_scale=1 / self.evaluations, disable=RANK != 0, dynamic_ncols=True,
                     bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]")
 
 
@@ -155,7 +157,7 @@ def write_npz(sampler, out, settings):
 
     images_at, labels_at = (np.lib.format.open_memmap(work / name, "r").offset for name in parts)
     mine = np.array_split(todo, WORLD)[RANK]
-    with sampler.bar(len(todo)) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
+    with sampler.bar(len(mine)) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
         for batch in np.split(mine, range(args.batch, len(mine), args.batch)):
             if not len(batch):
                 continue
@@ -206,7 +208,10 @@ def main():
 
     run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
     kind = ".png" if args.num <= GRID else ".npz"
-    name = "-".join([ckpt.stem, args.sampler, str(args.steps), *title.replace(",", "").split(), f"seed-{args.seed}", f"n-{args.num}"])
+    chosen = ["of", *(s["classes"][label] for label in labels)] if args.classes else []
+    if len(chosen) > 5:                                           # file names have an end
+        chosen = [f"of-{len(labels)}-classes-{zlib.crc32(str(labels).encode()):08x}"]
+    name = "-".join([ckpt.stem, args.sampler, str(args.steps), *title.replace(",", "").split(), *chosen, f"seed-{args.seed}", f"n-{args.num}"])
     out = Path(args.out) if args.out else run / "samples" / (name + kind)
     if out.suffix not in (".png", ".npz"):
         stop(f"--out {out} must end in .png or .npz")

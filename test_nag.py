@@ -559,7 +559,7 @@ def test_ctrl_c_and_the_same_command_end_in_the_same_weights(runs):
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and "the same command goes on" in out and "Traceback" not in err
+    assert run.returncode == 130 and "the same command goes on" in out and "Traceback" not in err
     stopped_at = int(re.search(r"stopped at step (\d+)", out)[1])
     assert 10 <= stopped_at < 400
     end = stopped_at + 15
@@ -646,6 +646,7 @@ ERRORS = [  # script, arguments, what the line must name
     ("train.py", "--epochs 2 --out new", "epochs"),
     ("train.py", "--data nowhere --out new", "nowhere"),
     ("train.py", "--data empty --out new", "empty"),
+    ("train.py", "--data mixed --out new", "loose.png"),
     ("train.py", "--data broken --batch 2 --out new", "broken/a/bad.png"),
     ("train.py", "--image-size 7 --out new", "7×7"),
     ("train.py", "--lr 0.5 --out runs/one", "--lr"),
@@ -674,6 +675,8 @@ ERRORS = [  # script, arguments, what the line must name
 def test_a_users_error_is_one_line_and_status_2(runs, name, args, word, capsys, monkeypatch):
     monkeypatch.chdir(runs)
     (runs / "empty").mkdir(exist_ok=True)
+    (runs / "mixed/a").mkdir(parents=True, exist_ok=True)
+    (runs / "mixed/loose.png").touch()
     (runs / "broken/a").mkdir(parents=True, exist_ok=True)
     (runs / "broken/a/bad.png").write_bytes(b"\x89PNG no image")
     (runs / "file.txt").write_text("hello")

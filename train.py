@@ -53,8 +53,7 @@ def stop(message, everywhere=False):
 
 class Arguments(argparse.ArgumentParser):
     def __init__(self, story):
-        super().__init__(description=story.split("\n\n")[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=story.split("\n\n")[0], allow_abbrev=False)
 
     def error(self, message):
         stop(f"{message}; see --help")
@@ -80,14 +79,15 @@ def one_line_errors(main):
     """Run `main`, ending with one line for what the file system refuses (no space, no permission, a folder gone)."""
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except OSError as error:
         stop(f"{error.filename or 'file system'}: {error.strerror or error}", everywhere=True)
     except torch.OutOfMemoryError:
         stop("the GPU has not enough free memory; lower --micro-batch (train.py) or --batch (sample.py)", everywhere=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,6 +173,9 @@ class ImageFolder:
             found = sorted(path for path in Path(folder, name).rglob("*") if path.suffix.lower() in self.suffixes)
             self.files += [str(path) for path in found]           # plain strings: a million Paths weigh a gigabyte
             self.labels += [label] * len(found)
+        beside = [entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in self.suffixes]
+        if self.classes and beside:
+            stop(f"{folder} has class sub-folders and {len(beside)} images beside them, such as {beside[0]}; move these into a class")
         self.classes = self.classes or ["all"]
         if not self.files:
             stop(f"no images in {folder} ({', '.join(sorted(self.suffixes))}); give --data another folder")
@@ -466,7 +469,7 @@ def arguments():
 
 
 DEFAULTS = {
-    "Ti": dict(steps=4200, batch=32, lr=6e-3, warmup=300, ckpt_every=1000),
+    "Ti": dict(steps=4000, batch=32, lr=6e-3, warmup=300, ckpt_every=1000),
     "": dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000),
 }
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
@@ -516,6 +519,8 @@ def sample_grid(ema, path, s, device, autocast):
 
 def main():
     given = arguments()
+    if "data" in given:
+        given["data"] = os.path.normpath(given["data"])           # photos/ is photos
     model_name, data_name = given.get("model", "SiT-Ti/2"), Path(given.get("data", "shapes")).name
     out = Path(given.pop("out", f"runs/{data_name}-{model_name.replace('/', '-')}"))
     device = join_ranks()
@@ -530,7 +535,8 @@ def main():
     s, data = resolve(given, out, s, device)
     if start >= s["steps"]:
         if RANK == 0:
-            print(f"{out} is finished: step {start} of {s['steps']}. A larger --steps goes on; python sample.py samples it.")
+            print(f"{out} is finished: it stands at step {start}, and {s['steps']} are asked for"
+                  f"{'' if {'steps', 'epochs'} & given.keys() else ', as when it was started'}; a larger --steps goes on")
         return
 
     # The network, its average, and the optimiser
@@ -556,7 +562,8 @@ def main():
 
     network = torch.compile(model) if s["compile"] else model
     if WORLD > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False                         # the position table never changes
     dtype = torch.bfloat16 if s["precision"] == "bf16" else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     loader = torch.utils.data.DataLoader(
@@ -565,8 +572,9 @@ def main():
 
     rate = WORLD * matmul_rate(device, dtype)
     work = 3 * model.flops()                                      # per image: the backward pass costs two forward passes
+    usual = 0.5 if device.type == "cuda" else 0.28                # of that rate is what one reaches: only for the estimates
     if RANK == 0:
-        expected = in_words((s["steps"] - start) * s["batch"] * work / (0.35 * rate))
+        expected = in_words((s["steps"] - start) * s["batch"] * work / (usual * rate))
         print(f"{s['model']} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {s['interpolant']}) on "
               f"{s['data']} {s['image_size']}×{s['image_size']}: {s['steps'] - start} steps of {s['batch']} images "
               f"({s['micro_batch']} at a time) in {s['precision']} on {WORLD} {device.type}, about {expected}; writes {out}",
@@ -575,7 +583,7 @@ def main():
     # Ctrl-C and SIGTERM only leave a note, which the ranks share between two passes, to stop at the same one
     signals = []
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: signals.append(1))
+        signal.signal(name, lambda number, frame: signals.append(number))
 
     def interrupted():
         noted = torch.tensor(len(signals))
@@ -610,7 +618,7 @@ def main():
 
     bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
     losses, since, step = [], time.perf_counter(), start
-    grid_takes, drawn = 32 * 50 * model.flops() / (0.35 * rate / WORLD), time.perf_counter()       # in seconds; when
+    grid_takes, drawn = 32 * 50 * model.flops() / (usual * rate / WORLD), time.perf_counter()       # in seconds; when
     for batch in loader:
         if isinstance(batch, UnreadableImage):
             bar.close()
@@ -658,16 +666,20 @@ def main():
             losses = []
         if saving and step > start:
             save(step)
-            if not stopping and grid_takes < max(20, time.perf_counter() - drawn):      # else not worth it
+            if not stopping and grid_takes < max(20, time.perf_counter() - drawn):
                 draw(step)
                 drawn = time.perf_counter()
+            elif not stopping and RANK == 0:
+                bar.write(f"no samples at step {step}: they would take {in_words(grid_takes)}, longer than the training since the last")
             since = time.perf_counter()
         if stopping:
             break
     bar.close()
     if RANK == 0:
         print(f"stopped at step {step}; the same command goes on" if stopping else
-              f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py --w-nag 3")
+              f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py --w-nag 3 --ckpt {out}")
+    if stopping:
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])          # as a shell knows it, so that && does not go on
 
 
 if __name__ == "__main__":

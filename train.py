@@ -86,8 +86,8 @@ def one_line_errors(main):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized() and (sys.exc_info()[0] is None or not torch.cuda.is_available()):
+            dist.destroy_process_group()                          # after an error NCCL could wait for the others for ever
 
 
 # ---------------------------------------------------------------------------------------------------------------------

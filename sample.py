@@ -112,7 +112,8 @@ class Sampler:
 
     def bar(self, total):
         """Progress in images, counted by the network's evaluations."""
-        return tqdm(total=total * self.evaluations, desc=f"rank 0 of {WORLD}" if WORLD > 1 else None, unit="image", unit_scale=1 / self.evaluations, disable=RANK != 0, dynamic_ncols=True,
+        return tqdm(total=total * self.evaluations, unit_scale=1 / self.evaluations, unit="image", disable=RANK != 0,
+                    desc=f"rank 0 of {WORLD}" if WORLD > 1 else None, dynamic_ncols=True,
                     bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]")
 
 
@@ -121,8 +122,9 @@ def write_grid(sampler, out, title):
     if RANK:
         return
     args, panels = sampler.args, {}
-    with sampler.bar(args.num * (2 if title else 1)) as bar:
-        for name, guidance in {"no guidance": False, title: True}.items() if title else {"no guidance": False}.items():
+    kinds = [("no guidance", False)] + ([(title, True)] if title else [])
+    with sampler.bar(args.num * len(kinds)) as bar:
+        for name, guidance in kinds:
             batches = [sampler(range(i, min(i + args.batch, args.num)), bar, guidance) for i in range(0, args.num, args.batch)]
             panels[name] = torch.cat([images for images, _ in batches])
     labels = torch.cat([labels for _, labels in batches])

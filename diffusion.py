@@ -154,6 +154,18 @@ def to_score(path, prediction, x, t):
     return -to_eps(path, prediction, x, t) / _like(path.sigma(t), x)
 
 
+def prediction_per_score(path, t):
+    """How much the prediction moves when the score moves by 1: −σ for ε, −σ (α σ' − α' σ) / α for a velocity.
+
+    Infinite for a velocity where α = 0.
+    """
+    t = _level(t)
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    if path.prediction == "eps":
+        return -sigma
+    return -sigma * (alpha * path.sigma_dot(t) - path.alpha_dot(t) * sigma) / alpha
+
+
 def to_x0(path, prediction, x, t):
     """E[x_0|x, t] = (x − σ ε) / α."""
     alpha, sigma = _like(path.alpha(t), x), _like(path.sigma(t), x)
@@ -255,13 +267,14 @@ def discretized_log_likelihood(x, mean, log_std):
 
 
 def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cfg_interval=(0.0, 1.0), cfg_channels=None,
-           null_class=None):
+           null_class=None, w_classifier=0.0, classifier=None):
     """The guided network as a function denoise(x, t) -> prediction, for the samplers below.
 
         D = D(t, y) + (cfg_scale − 1) [D(t, y) − D(t, ∅)] + w_nag [D(t, y) − D(∅, y)]
 
     A prediction is affine in the score at the nominal level, so this sum of predictions is the same sum of scores:
-    velocity and ε need no special case.
+    velocity and ε need no special case. NAG's other form, by a classifier g of the level, needs no null branch: it adds
+    w_classifier ∇_x log g(t|x) to the score.
 
     y             (B,) int64 classes
     w_nag         weight of NAG, neutral at 0 (Zhong et al., 2025)
@@ -269,6 +282,8 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
     *_interval    (lo, hi), the levels at which the term acts; elsewhere, and at its neutral value, its branch is not run
     cfg_channels  add the CFG term to the first so many channels only (3 in the published FIDs of DiT and SiT)
     null_class    label of the null class, `model.num_classes` when None
+    w_classifier  weight of the classifier's form of NAG, neutral at 0; it acts on nag_interval, too
+    classifier    a function (x, t) -> ∇_x log g(t|x), as `NoiseEstimator.gradient`, of the same level as x
 
     denoise takes x (B, C, H, W) and t, a number or a tensor () or (B,). Where the network learned a variance and the path
     uses it (VP) it returns 2C channels, guided ε and the variance output of D(t, y); otherwise C. All branches of a call
@@ -286,6 +301,7 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
         t = _level(t)
         nag, cfg = weight(w_nag, nag_interval, t), weight(cfg_scale - 1, cfg_interval, t)
         use_nag, use_cfg = bool((nag != 0).any()), bool((cfg != 0).any())
+        push = weight(w_classifier, nag_interval, t) * (path.alpha(t) > 0)              # at α = 0 a velocity cannot carry a score
         copies = 1 + use_nag + use_cfg
 
         time = path.network_time(t).to(x.device, torch.float32).expand(len(x))
@@ -310,6 +326,9 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
         if use_nag:
             no_level = nulls[-1]
             result = result + _like(nag, x) * (cond - no_level)
+        if bool((push != 0).any()):
+            slope = torch.where(push != 0, push * prediction_per_score(path, t), 0.0)
+            result = result + _like(slope, x) * classifier(x, t).to(x)
         learned = path.prediction == "eps" and variance.shape[1] == channels
         return torch.cat([result, variance], dim=1) if learned else result
 

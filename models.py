@@ -16,6 +16,7 @@ Every name and shape is that of the published checkpoints, which therefore load 
     out = model(x, t, y, drop_noise=torch.ones(len(x), dtype=torch.bool))
 """
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 
@@ -231,6 +232,94 @@ MODELS = {f"{family}-{size}/{patch}": partial(DiT, patch_size=patch, hidden_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The noise estimator g_φ(t|x)
+
+
+class TruncatedNormal:
+    """N(loc, scale²) restricted to [0, 1], one density for each of a batch: loc, scale (B,)."""
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+        self.left, self.right = -loc / scale, (1 - loc) / scale
+        self.mass = self._between(self.left, self.right).clamp(min=1e-30)
+
+    @staticmethod
+    def _between(a, b):
+        """Φ(b) − Φ(a), taken in the lower tail, where the difference is exact."""
+        upper = a + b > 0
+        a, b = torch.where(upper, -b, a), torch.where(upper, -a, b)
+        return torch.special.ndtr(b) - torch.special.ndtr(a)
+
+    def log_prob(self, t):
+        return -((t - self.loc) / self.scale).square() / 2 - self.scale.log() - math.log(2 * math.pi) / 2 - self.mass.log()
+
+    def cdf(self, t):
+        return self._between(self.left, (t - self.loc) / self.scale) / self.mass
+
+    def mean(self):
+        pdf = lambda z: torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+        return self.loc + self.scale * (pdf(self.left) - pdf(self.right)) / self.mass
+
+
+class NoiseEstimator(nn.Module):
+    """How noisy is x? A small network that answers with a density over the level, g_φ(t|x), a truncated Gaussian.
+
+    Noise is what is left when the picture is explained away, and its level is an energy: so both parts below end in squares,
+    averaged, and a small MLP reads location and width off their logarithms. (For Gaussian data these are the sufficient
+    statistics: log p(x|t) is a sum of squares in the data's principal axes.)
+        maps    a convolutional network over 2×2 patches, free to leave of x what its neighbourhood does not predict
+        bands   the whole image in the data's principal axes, in bands from strong to weak; good for what is global
+    Input (B, in_channels, input_size, input_size), pixels or latents; it reads in fp32, under autocast too.
+    """
+
+    def __init__(self, input_size, in_channels, width=48, depth=3, maps=32, axes=192, bands=16, tilts=8):
+        super().__init__()
+        self.input_size, self.in_channels = input_size, in_channels
+        self.patch = 1 if input_size % 2 else 2
+        patch, size = in_channels * self.patch**2, in_channels * input_size**2
+        self.stem = nn.Conv2d(patch, width, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.maps = nn.Conv2d(width + patch, maps, 1)
+        self.axes = nn.Linear(size, min(axes, size))
+        self.bands = nn.Parameter(torch.zeros(bands, min(axes, size)))
+        self.tilts = nn.Linear(size, tilts)                       # a few linear features, for data whose mean is not zero
+        self.head = nn.Sequential(nn.Linear(2 * maps + bands + tilts, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
+
+    @torch.no_grad()
+    def start_from(self, x0):
+        """Begin with the principal axes of these data (N, C, H, W), from strong to weak, and bands of neighbouring ones."""
+        x0, count = x0.flatten(1), self.axes.out_features
+        axes = torch.pca_lowrank(x0, q=min(count, len(x0)), niter=4)[2].T
+        self.axes.weight[:len(axes)] = axes
+        self.axes.bias[:] = -self.axes.weight @ x0.mean(0) / 2
+        place, centre = torch.linspace(0, 1, count, device=x0.device), torch.linspace(0, 1, len(self.bands), device=x0.device)
+        self.bands[:] = -((place - centre[:, None]) * len(self.bands)).square().clamp(max=32) / 4
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            patches = F.pixel_unshuffle(x, self.patch)
+            h = self.stem(patches)
+            for block in self.blocks:
+                h = h + block(F.silu(h))
+            maps = self.maps(torch.cat([h, patches], 1))                                # (B, maps, H / 2, W / 2)
+            bands = F.linear(self.axes(x.flatten(1)).square(), self.bands.softmax(1))   # (B, bands)
+            energies = torch.cat([maps.square().mean((2, 3)), bands], 1)
+            features = torch.cat([(energies + 1e-6).log() / 2, maps.mean((2, 3)), self.tilts(x.flatten(1))], 1)
+            loc, width = self.head(features).unbind(1)
+            return TruncatedNormal(0.5 + loc, torch.exp(7 * torch.sigmoid((width + 1) / 2) - 7))     # widths of 0.001 to 1
+
+    def gradient(self, x, t):
+        """∇_x log g_φ(t|x), (B, C, H, W), for levels t, a number or a tensor () or (B,)."""
+        with torch.enable_grad():
+            x = x.detach().float().requires_grad_()
+            t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
+            return torch.autograd.grad(self(x).log_prob(t).sum(), x)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -278,7 +367,7 @@ def load_weights(model, state_dict, source):
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=model.pos_embed.is_meta)
+    model.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=any(p.is_meta for p in model.parameters()))
 
 
 def from_checkpoint(path, weights="ema"):
@@ -298,3 +387,20 @@ def from_checkpoint(path, weights="ema"):
         raise ValueError(f"{path} has settings that name no model of ours ({error}); give another file") from None
     load_weights(model, checkpoint[weights], path)
     return model.eval().requires_grad_(False), settings
+
+
+def load_estimator(path):
+    """A noise estimator in eval mode and the settings it was trained with, from a file of `estimator.py train`.
+
+    Raises ValueError when the file is damaged or none of these.
+    """
+    checkpoint = load_file(path)
+    settings = checkpoint.get("settings")
+    if not isinstance(settings, dict) or not isinstance(checkpoint.get("estimator"), dict):
+        raise ValueError(f"{path} is no noise estimator; train one with: python estimator.py train")
+    try:
+        estimator = NoiseEstimator(settings["input_size"], settings["in_channels"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} has settings that name no estimator of ours ({error}); give another file") from None
+    load_weights(estimator, checkpoint["estimator"], path)
+    return estimator.eval().requires_grad_(False), settings

@@ -29,26 +29,35 @@ from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoint
 GRID = 64                                                         # up to so many images become a picture
 
 
+def sampling_arguments(add, several=None):
+    """The options that say what is sampled, also for `estimator.py measure`, which takes several values of some."""
+    one_of = {"nargs": "+"} if several else {}
+    pair_of = {"action": "append"} if several else {}
+    add("--ckpt", metavar="PATH", help="checkpoint, or folder of a run (default: the newest below runs)")
+    add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0, which is neutral)", **one_of)
+    add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG (default: 1, which is neutral)", **one_of)
+    add("--w-nag-classifier", type=number(float), default=0.0, metavar="W",
+        help="weight of NAG by a noise estimator in place of the null branch (default: 0, which is neutral)", **one_of)
+    add("--nag-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
+        help="levels t at which NAG acts, in both forms (default: 0.1 0.6 on shapes, else 0 1)", **pair_of)
+    add("--cfg-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), help="levels t at which CFG acts (default: 0 1)", **pair_of)
+    add("--cfg-channels", type=number(int, 1), metavar="N",
+        help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
+    add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear", **one_of)
+    add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50", **one_of)
+    add("--seed", type=number(int, 0), default=0, help="sample i is a function of it and i (default: 0)")
+    add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
+
+
 def arguments():
     parser = Arguments(__doc__)
     add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="checkpoint, or folder of a run (default: the newest below runs)")
-    add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0, which is neutral)")
-    add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG (default: 1, which is neutral)")
-    add("--nag-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
-        help="levels t at which NAG acts (default: 0.1 0.6 on shapes, else 0 1)")
-    add("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
-        help="levels t at which CFG acts (default: 0 1)")
-    add("--cfg-channels", type=number(int, 1), metavar="N",
-        help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
-    add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear")
-    add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50")
+    sampling_arguments(add)
+    add("--estimator", metavar="FILE", help="the noise estimator of --w-nag-classifier, from: python estimator.py train")
     add("--num", "--num-samples", type=number(int, 1), default=32, metavar="N",
         help="number of images (default: 32); behind torchrun, which takes --num for one of its own options, say --num-samples")
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank (default: 64)")
     add("--classes", nargs="+", metavar="C", help="draw classes from these names or numbers (default: all)")
-    add("--seed", type=number(int, 0), default=0, help="sample i is a function of it and i (default: 0)")
-    add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
     add("--out", metavar="FILE", help=".png or .npz (default: in the run's folder, named by the settings)")
     return parser.parse_args()
 
@@ -77,6 +86,8 @@ def guidance_name(args):
     parts = []
     if args.w_nag:
         parts.append(f"NAG {args.w_nag:g} on {args.nag_interval[0]:g}-{args.nag_interval[1]:g}")
+    if args.w_nag_classifier:
+        parts.append(f"classifier NAG {args.w_nag_classifier:g} on {args.nag_interval[0]:g}-{args.nag_interval[1]:g}")
     if args.cfg_scale != 1:
         channels = f" of {args.cfg_channels} channels" if args.cfg_channels else ""
         parts.append(f"CFG {args.cfg_scale:g} on {args.cfg_interval[0]:g}-{args.cfg_interval[1]:g}{channels}")
@@ -84,30 +95,37 @@ def guidance_name(args):
 
 
 class Sampler:
-    """Samples number `indices` of a checkpoint: uint8 (n, 3, H, W) and labels (n,), with or without the guidance."""
+    """Samples number `indices` of a checkpoint: uint8 (n, 3, H, W) and labels (n,), with or without the guidance.
 
-    def __init__(self, model, settings, args, labels, device):
+    `watch`, if given, is called with every state (n, C, H, W) and level () at which the network is asked.
+    """
+
+    def __init__(self, model, settings, args, labels, device, estimator=None):
         self.model, self.settings, self.args, self.labels, self.device = model, settings, args, labels, device
+        self.classifier = estimator and estimator.gradient
         self.path = PATHS[settings["interpolant"]]()
         self.sample = {"ddpm": diffusion.sample_ddpm, "sde": diffusion.sample_sde, "ode": diffusion.sample_ode}[args.sampler]
         self.evaluations = args.steps if args.sampler != "ode" else 2 * args.steps + (self.path.prediction == "eps")
 
-    def __call__(self, indices, bar, guidance=True):
+    def __call__(self, indices, bar, guidance=True, watch=None):
         args, s = self.args, self.settings
         noise = SampleNoise(args.seed, indices)
         labels = noise.classes(self.labels)
         start = noise(torch.empty(len(indices), s["in_channels"], s["input_size"], s["input_size"], device=self.device))
         terms = dict(w_nag=args.w_nag, cfg_scale=args.cfg_scale, nag_interval=args.nag_interval,
-                     cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels) if guidance else {}
+                     cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels,
+                     w_classifier=args.w_nag_classifier, classifier=self.classifier) if guidance else {}
         denoise = diffusion.guided(self.model, self.path, labels.to(self.device), **terms)
 
-        def counted(x, t):
+        def watched(x, t):
             bar.update(len(x))
+            if watch:
+                watch(x, t)
             return denoise(x, t)
 
         options = {} if args.sampler == "ode" else {"randn": noise}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            x0 = self.sample(counted, start, self.path, steps=args.steps, **options)
+            x0 = self.sample(watched, start, self.path, steps=args.steps, **options)
         return to_uint8(x0).cpu(), labels
 
     def bar(self, total):
@@ -177,22 +195,39 @@ def write_npz(sampler, out, settings):
         shutil.rmtree(work)
 
 
-def main():
-    args, device = arguments(), join_ranks()
-    ckpt = Path(args.ckpt) if args.ckpt else agree(newest_checkpoint() if RANK == 0 else None)
+def open_checkpoint(name):
+    """The checkpoint that --ckpt names (None: the newest), its model and its settings."""
+    ckpt = Path(name) if name else agree(newest_checkpoint() if RANK == 0 else None)
     if ckpt.is_dir():
         if not checkpoints(ckpt):
             stop(f"no checkpoints in {ckpt}/checkpoints; train some with: python train.py --out {ckpt}")
         ckpt = agree(checkpoints(ckpt)[-1])
     try:
-        model, s = models.from_checkpoint(ckpt)
+        return ckpt, *models.from_checkpoint(ckpt)
     except ValueError as error:
         stop(error)
 
+
+def open_estimator(name, ckpt, s):
+    """The noise estimator in a file, if it is one for the model of `ckpt`, with the settings s; and its own settings."""
+    try:
+        estimator, own = models.load_estimator(name)
+    except ValueError as error:
+        stop(error)
+    for key, what in (("interpolant", "interpolant"), ("input_size", "image size"), ("in_channels", "channel count")):
+        if own.get(key) != s[key]:
+            stop(f"{name} is an estimator for the {what} {own.get(key)}, {ckpt} has {s[key]}; train one for it with: python estimator.py train "
+                 f"--data {s['data']} --interpolant {s['interpolant']} --image-size {s['image_size']} --out FILE")
+    return estimator, own
+
+
+def settle(args, ckpt, s):
+    """Fill in what the options leave to the checkpoint `ckpt`, with the settings s; stop where it cannot do what they ask."""
     shapes = s["data"] == "shapes"
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if shapes else 250)
     args.nag_interval = args.nag_interval or ((0.1, 0.6) if shapes else (0.0, 1.0))
+    args.cfg_interval = args.cfg_interval or (0.0, 1.0)
     for name, (lo, hi) in (("--nag-interval", args.nag_interval), ("--cfg-interval", args.cfg_interval)):
         if lo > hi:
             stop(f"{name} {lo:g} {hi:g} is empty; give the lower level first")
@@ -202,10 +237,20 @@ def main():
         stop(f"--sampler ddpm takes --steps 2 to 1000, not {args.steps}")
     if args.w_nag and not s["noise_drop"]:
         stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not: python train.py --noise-drop 0.1 --out DIR")
+    if args.w_nag_classifier and not args.estimator:
+        stop("--w-nag-classifier needs a noise estimator, --estimator FILE; train one with: python estimator.py train")
     if args.cfg_scale != 1 and not s["class_drop"]:
         stop(f"--cfg-scale needs a model trained with class dropout, {ckpt} was not: python train.py --class-drop 0.1 --out DIR")
     if args.cfg_channels and args.cfg_channels > s["in_channels"]:
         stop(f"--cfg-channels {args.cfg_channels} is more than the model's {s['in_channels']}")
+    return args
+
+
+def main():
+    args, device = arguments(), join_ranks()
+    ckpt, model, s = open_checkpoint(args.ckpt)
+    settle(args, ckpt, s)
+    estimator = open_estimator(args.estimator, ckpt, s)[0].to(device) if args.w_nag_classifier else None
     labels, title = class_numbers(args.classes, s["classes"]), guidance_name(args)
 
     run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
@@ -213,20 +258,23 @@ def main():
     chosen = ["of", *(s["classes"][label] for label in labels)] if args.classes else []
     if len(chosen) > 5:                                           # file names have an end
         chosen = [f"of-{len(labels)}-classes-{zlib.crc32(str(labels).encode()):08x}"]
-    name = "-".join([ckpt.stem, args.sampler, str(args.steps), *title.replace(",", "").split(), *chosen, f"seed-{args.seed}", f"n-{args.num}"])
+    by = [Path(args.estimator).stem] if args.w_nag_classifier else []
+    name = "-".join([ckpt.stem, args.sampler, str(args.steps), *title.replace(",", "").split(), *by, *chosen, f"seed-{args.seed}", f"n-{args.num}"])
     out = Path(args.out) if args.out else run / "samples" / (name + kind)
     if out.suffix not in (".png", ".npz"):
         stop(f"--out {out} must end in .png or .npz")
 
     begun = out.with_name(out.name + ".partial") / "settings.json"
     args.precision = args.precision or agree(json.loads(begun.read_text())["precision"] if begun.exists() else fast_precision(device))
-    sampler = Sampler(model.to(device), s, args, labels, device)
+    sampler = Sampler(model.to(device), s, args, labels, device, estimator)
     if RANK == 0:
         print(f"{ckpt}: {args.num} images in {args.steps} steps of {args.sampler}, {title or 'no guidance'}, {args.precision}")
     if out.suffix == ".png":
         write_grid(sampler, out, title)
     else:
-        write_npz(sampler, out, {**vars(args), "ckpt": [str(ckpt), ckpt.stat().st_mtime_ns], "batch": None, "out": None, "labels": labels})
+        stamp = lambda file: [str(file), Path(file).stat().st_mtime_ns] if file else None
+        write_npz(sampler, out, {**vars(args), "ckpt": stamp(ckpt), "estimator": stamp(args.w_nag_classifier and args.estimator),
+                                 "batch": None, "out": None, "labels": labels})
     if RANK == 0:
         print(out)
 

@@ -2,6 +2,7 @@
 
     python -m pytest -q test_nag.py
 """
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ import torch
 from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import logsumexp
+from scipy.stats import truncnorm
 
 import diffusion
+import estimator
 import models
 import sample
 import train
@@ -393,6 +397,38 @@ def test_guidance_is_its_sum_and_one_call(path):
 
 
 @by_name
+def test_classifier_guidance_adds_its_gradient_to_the_score(path):
+    """With CFG beside it, at levels given for all or for each; nothing outside its interval, and where α = 0."""
+    model, y, asked = tiny(), torch.tensor([0, 3]), []
+    x, g = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    def classifier(at, t):
+        asked.append(t.tolist())
+        return g * _like(t, g) + 0 * at
+    _like = lambda t, x: t.to(x).reshape(-1, 1, 1, 1)
+    network = lambda x, *rest, **options: model(x.float(), *rest, **options).double()
+    options = dict(cfg_scale=1.5, null_class=4, nag_interval=(0.1, 0.6))
+    plain = diffusion.guided(network, path, y, **options)
+    pushed = diffusion.guided(network, path, y, w_classifier=2.5, classifier=classifier, **options)
+    for t in (torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64), torch.tensor([0.2, 0.6], dtype=torch.float64)):
+        score = lambda denoise: diffusion.to_score(path, denoise(x, t)[:, :3], x, t)
+        torch.testing.assert_close(score(pushed) - score(plain), 2.5 * g * _like(t, g), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(pushed(x, 0.5)[:, 3:], plain(x, 0.5)[:, 3:])              # the variance is left alone
+    count = len(asked)
+    assert torch.equal(pushed(x, 0.7), plain(x, 0.7)) and len(asked) == count
+    everywhere = diffusion.guided(network, path, y, w_classifier=2.5, classifier=classifier)
+    assert torch.isfinite(everywhere(x, 1.0)).all()
+
+
+@by_name
+def test_prediction_per_score_is_the_inverse_of_to_scores_slope(path):
+    x, prediction, change = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64)
+    for t in (0.05, 0.3, 0.8):
+        moved = prediction + diffusion.prediction_per_score(path, t) * change
+        t = torch.tensor(t, dtype=torch.float64)
+        torch.testing.assert_close(diffusion.to_score(path, moved, x, t) - diffusion.to_score(path, prediction, x, t), change)
+
+
+@by_name
 def test_noise_shift_solves_its_equation(path):
     for t, sigma_e in ((0.05, 0.01), (0.2, 0.05), (0.5, 0.1), (0.7, 0.02)):
         sigma = lambda s: path.sigma(float(s)).item()
@@ -404,6 +440,110 @@ def test_noise_shift_solves_its_equation(path):
     for t, sigma_e in ((0.9, 0.9), (1.0, 0.1), (1.5, 0.1)):
         with pytest.raises(ValueError):
             diffusion.noise_shift(path, t, sigma_e)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models.py and estimator.py: the noise estimator
+
+
+def test_truncated_normal_is_scipys():
+    loc, scale = torch.tensor([-0.3, 0.0, 0.4, 0.97, 1.2]), torch.tensor([0.1, 0.5, 0.02, 0.1, 0.3])
+    t = torch.tensor([0.05, 0.9, 0.41, 0.99, 0.5])
+    ours = models.TruncatedNormal(loc, scale)
+    theirs = truncnorm(-loc.numpy() / scale.numpy(), (1 - loc.numpy()) / scale.numpy(), loc.numpy(), scale.numpy())
+    np.testing.assert_allclose(ours.log_prob(t), theirs.logpdf(t), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours.mean(), theirs.mean(), rtol=1e-4)
+    np.testing.assert_allclose(ours.cdf(t), theirs.cdf(t), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, channels", [(8, 3), (7, 1), (32, 4)])
+def test_estimator_gradient_is_that_of_its_log_density(size, channels):
+    """Oracle: the central difference along the gradient; also where the samplers call it, without gradient and in bf16."""
+    torch.manual_seed(0)
+    net, x = models.NoiseEstimator(size, channels), torch.randn(3, channels, size, size)
+    torch.nn.init.normal_(net.head[-1].weight, std=0.1)
+    t = torch.tensor([0.3, 0.5, 0.9])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        g = net.gradient(x, t)
+        assert torch.equal(net.gradient(x, 0.5)[1], g[1]) and g.shape == x.shape and g.dtype == torch.float32
+    step = 5e-3 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    change = (net(x + step).log_prob(t) - net(x - step).log_prob(t)) / 1e-2
+    torch.testing.assert_close(change, g.flatten(1).norm(dim=1), rtol=1e-2, atol=1e-4)
+
+
+class Gaussian:
+    """Data N(m, U diag(λ) Uᵀ) of 8×8×3 with axes U in no relation to the pixels, whose level posterior is known."""
+
+    def __init__(self, path):
+        rng = torch.Generator().manual_seed(0)
+        randn = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
+        self.rng, self.path = rng, path
+        self.axes, self.mean = torch.linalg.qr(randn(192, 192))[0], 0.3 * randn(192)
+        self.variances = torch.arange(1, 193, dtype=torch.float64)**-1.5
+        self.variances *= 0.1 * 192 / self.variances.sum()
+        self.levels = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+
+    def draw(self, n):
+        z = self.mean + self.variances.sqrt() * torch.randn(n, 192, generator=self.rng, dtype=torch.float64)
+        return (z @ self.axes.T).float().view(n, 3, 8, 8)
+
+    def posterior(self, x, t):
+        """E[t|x] by quadrature over the levels, and ∇ log p(t|x) = s(x|t) − Σ p(t'|x) s(x|t')."""
+        z = x.double().flatten(1) @ self.axes
+        alpha, sigma = self.path.alpha(self.levels), self.path.sigma(self.levels)
+        total = alpha**2 * self.variances[:, None] + sigma**2                            # (192, T)
+        shifted = alpha * self.mean[:, None]
+        logs = -(total.log().sum(0) + z**2 @ (1 / total) - 2 * z @ (shifted / total) + (shifted**2 / total).sum(0)) / 2
+        p = logs.softmax(1)
+        score = -(z - self.path.alpha(t) * self.mean) / (self.path.alpha(t)**2 * self.variances + self.path.sigma(t)**2)
+        unknown = -(z * (p @ (1 / total).T) - p @ (shifted / total).T)
+        return p @ self.levels, ((score - unknown) @ self.axes.T).view(x.shape)
+
+
+def trained(path, draw, size, steps, batch, jitter, lr=1e-3):
+    """An estimator after `steps` of estimator.fit on images that draw(n) gives."""
+    torch.manual_seed(0)
+    s = dict(steps=steps, lr=lr, jitter=jitter, seed=0)
+    net = models.NoiseEstimator(size, 3)
+    net.start_from(estimator.jitter(draw(2048), jitter, train.generator(0)))
+    def batches():
+        for _ in range(steps):
+            x0, k = draw(batch), torch.randint(1, 1001, (batch,))
+            yield x0, k / 1000 if path.prediction == "eps" else torch.rand(batch), torch.randn(x0.shape)
+    estimator.fit(net, path, batches(), s, torch.optim.AdamW(net.parameters(), weight_decay=0))
+    return net.eval().requires_grad_(False)
+
+
+def test_estimator_finds_the_exact_posterior_of_gaussian_data():
+    path = diffusion.Linear()
+    data = Gaussian(path)
+    net = trained(path, data.draw, 8, 2500, 256, jitter=0.0, lr=5e-4)
+    products = torch.zeros(3)
+    for t in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        x = diffusion.add_noise(path, data.draw(1000), torch.randn(1000, 3, 8, 8), t).float()
+        mean, exact = data.posterior(x, t)
+        error, g = net(x).mean() - mean, net.gradient(x, t)
+        print(f"t {t}: mean off by {error.mean():+.4f}, each by {error.abs().mean():.4f}; cosine {(g * exact).sum() / (g.norm() * exact.norm()):.3f}")
+        assert error.abs().mean() < 0.01 and abs(error.mean()) < 0.003
+        products += torch.stack([(g * exact).sum(), g.square().sum(), exact.square().sum()])
+    cosine = products[0] / (products[1] * products[2]).sqrt()
+    print(f"pooled cosine {cosine:.3f}")
+    assert cosine > 0.9
+
+
+@by_name
+def test_estimator_sees_the_shift_that_known_noise_makes(path):
+    """Real data noised to t, and perturbed by noise of a known σ_e: δ is that of the equation of Statement 1."""
+    data = train.Shapes(16, seed=0)
+    images = train.to_float(torch.from_numpy(data.images(range(12_000))[0]))
+    training, held = images[:10_000], images[10_000:]
+    net = trained(path, lambda n: training[torch.randint(0, 10_000, (n,))], 16, 700, 128, jitter=0.4)
+    for t, known in itertools.product(*(((0.2, 0.45, 0.7), (0.02, 0.05, 0.1)) if path.prediction == "velocity" else ((0.1, 0.2, 0.3), (0.02, 0.05)))):
+        x = diffusion.add_noise(path, held, torch.randn(held.shape), t).float()
+        sigma_e = (path.sigma(t + known)**2 - path.sigma(t)**2).sqrt().item()
+        seen = (net(x + sigma_e * torch.randn(x.shape)).mean() - net(x).mean()).mean().item()
+        print(f"t {t}: {seen:.4f} of {known}")
+        assert seen == pytest.approx(diffusion.noise_shift(path, t, sigma_e).item(), rel=0.1), (t, known)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -637,6 +777,119 @@ def test_a_grid_shows_the_same_seeds_with_and_without_guidance(runs):
     assert both.shape[1] == 2 * one.shape[1] and np.array_equal(both[:, :one.shape[1]], one)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# estimator.py: what it makes of readings
+
+
+def test_shift_interval_is_that_of_a_difference_of_means_and_covers_it():
+    """Oracle: the normal interval of a difference of two means, ±1.96 √(s²/n + r²/m); paired, of the mean difference."""
+    rng, path = np.random.default_rng(0), diffusion.Linear()
+    real = {0.4: estimator.Reading(0.4, 0.41 + 0.02 * rng.standard_normal(4000), 0.01, 0.0, 0.68, 1.0)}
+    plain = 0.43 + 0.03 * rng.standard_normal((1000, 1))
+    less = plain - 0.005 + 0.002 * rng.standard_normal((1000, 1))
+    table = estimator.shifts(path, real, [("none", [0.4], plain), ("NAG", [0.4], less)])
+    row, guided = table[0]["levels"][0], table[1]["levels"][0]
+    error = 1.96 * math.sqrt(plain.var() / 1000 + real[0.4].estimates.var() / 4000)
+    assert row["shift"] == pytest.approx(plain.mean() - real[0.4].estimates.mean(), abs=1e-12)
+    np.testing.assert_allclose(np.array(row["interval"]) - row["shift"], (-error, error), rtol=0.1)
+    error = 1.96 * (plain - less).std() / math.sqrt(1000)
+    assert guided["less_than_first"] == pytest.approx((plain - less).mean(), abs=1e-12)
+    np.testing.assert_allclose(np.array(guided["less_interval"]) - guided["less_than_first"], (-error, error), rtol=0.15)
+    assert diffusion.noise_shift(path, 0.4, row["sigma_e"]).item() == pytest.approx(row["shift"])
+    assert estimator.extra_noise(path, 0.4, -0.01) is None
+
+
+@pytest.mark.parametrize("name, path", [("ddpm", "vp"), ("sde", "vp"), ("ode", "vp"), ("sde", "linear"), ("ode", "linear")])
+def test_states_are_read_where_the_sampler_keeps_them(name, path):
+    """A reader that returns the state itself sees the walk that the sampler's own rule makes, written out here for the ODE."""
+    settings = dict(interpolant=path, in_channels=1, input_size=2, image_size=2, num_classes=1)
+    args = SimpleNamespace(sampler=name, steps=12, seed=0, precision="fp32", w_nag=0.0, cfg_scale=1.0, nag_interval=(0, 1), cfg_interval=(0, 1),
+                           cfg_channels=None, w_nag_classifier=0.0)
+    def model(x, t, y, drop_noise=None):
+        return x * (1 + t.view(-1, 1, 1, 1) / 1000)
+    sampler = sample.Sampler(model, settings, args, [0], torch.device("cpu"))
+    levels = estimator.nearest(estimator.visited(sampler), 5)
+    assert len(levels) == 5 and all(abs(t - (i + 1) / 6) < 0.06 for i, t in enumerate(levels))
+    class Reader:
+        def __call__(self, x):
+            return SimpleNamespace(mean=lambda: x.flatten(1)[:, 0])
+    seen = estimator.observe(Reader(), sampler, 7, 3, levels)
+    assert seen.shape == (7, 5)
+    if name == "ode":
+        grid = torch.linspace(1, 1e-3 if path == "vp" else 0, 13, dtype=torch.float64)
+        v = lambda x, t: diffusion.to_velocity(sampler.path, model(x, sampler.path.network_time(t).float().expand(1), None), x, t)
+        noise = train.SampleNoise(0, [4])
+        noise.classes([0])
+        x, walk = noise(torch.empty(1, 1, 2, 2)), {}
+        for t, after in zip(grid[:-1], grid[1:]):
+            walk[t.item()] = x[0, 0, 0, 0].item()
+            half = v(x, t)
+            x = x + (after - t) * (half + v(x + (after - t) * half, after)) / 2
+        np.testing.assert_allclose(seen[4], [walk[t] for t in levels], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def readers(runs):
+    """Two estimators of a few steps in the folder of `runs`."""
+    for seed in (0, 1):
+        done = script("estimator.py", "train", "--image-size", 8, "--steps", 60, "--batch", 32, "--seed", seed, "--out", f"reader{seed}.pt", cwd=runs)
+        assert done.returncode == 0 and "68 % interval" in done.stdout, done.stderr
+    return runs
+
+
+def test_measure_tells_the_shift_of_every_setting(readers):
+    command = ["measure", "--ckpt", "runs/one", "--estimator", "reader0.pt", "--guide-estimator", "reader1.pt", "--w-nag", 0, 2, "--w-nag-classifier", 0, 1,
+               "--nag-interval", 0, 0.6, "--steps", 8, "--num-samples", 40, "--levels", 3, "--precision", "fp32"]
+    for ranks in (1, 2):
+        done = script("estimator.py", *command, "--out", f"shift{ranks}", cwd=readers, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (json.loads((readers / f"shift{ranks}/shift.json").read_text()) for ranks in (1, 2))
+    assert [setting["name"] for setting in whole["settings"]] == [
+        "no guidance", "classifier NAG 1 on 0-0.6", "NAG 2 on 0-0.6", "NAG 2 on 0-0.6, classifier NAG 1 on 0-0.6"]
+    for a, b in zip(whole["settings"], parts["settings"]):
+        assert len(a["levels"]) == 3
+        np.testing.assert_allclose([row["shift"] for row in a["levels"]], [row["shift"] for row in b["levels"]], atol=1e-4)
+    above = whole["settings"][1]["levels"][2]
+    assert above["t"] > 0.6 and above["less_than_first"] == 0 and above["less_interval"] == [0, 0]       # outside the interval
+    assert all(row["less_than_first"] != 0 for row in (setting["levels"][0] for setting in whole["settings"][1:]))
+    assert Image.open(readers / "shift1/shift.png").size == (1200, 640) and "classifier NAG 1" in done.stdout
+    assert "less than the first" in done.stdout and not list(readers.glob("shift1/.*"))
+
+
+def test_sampling_with_the_estimator_as_guide(readers):
+    plain = ["--ckpt", "runs/one", "--num", 65, "--steps", 4, "--precision", "fp32"]
+    for name, options in (("plain", []), ("neutral", ["--w-nag-classifier", 0, "--estimator", "reader0.pt"]),
+                          ("guided", ["--w-nag-classifier", 2, "--estimator", "reader0.pt", "--cfg-scale", 1.5])):
+        done = script("sample.py", *plain, *options, "--out", f"by-{name}.npz", cwd=readers)
+        assert done.returncode == 0, done.stderr
+    load = lambda name: np.load(readers / f"by-{name}.npz")["arr_0"].astype(int)
+    assert np.array_equal(load("plain"), load("neutral")) and abs(load("plain") - load("guided")).max() > 3
+
+
+def test_an_estimator_that_was_killed_ends_in_the_same_weights(tmp_path):
+    command = ["train", "--image-size", 4, "--batch", 4, "--steps", 650, "--interpolant", "vp"]
+    run = subprocess.Popen([sys.executable, str(HERE / "estimator.py"), *map(str, command), "--out", "killed.pt"], cwd=tmp_path, env=environment(),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not (tmp_path / "killed.pt").exists():
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    assert models.load_file(tmp_path / "killed.pt")["step"] == 500
+    for name in ("killed", "whole"):
+        done = script("estimator.py", *command, "--out", f"{name}.pt", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_same(models.load_file(tmp_path / "killed.pt"), models.load_file(tmp_path / "whole.pt"))
+    assert "is finished" in script("estimator.py", *command, "--out", "whole.pt", cwd=tmp_path).stdout
+
+
+def test_a_tenth_of_a_folder_is_held_out(photos):
+    data = train.ImageFolder(photos, 16)
+    part, numbers = estimator.split(data, seed=3)
+    assert len(part) == 5 and len(numbers) == 1 and {data.files[numbers[0]], *part.files} == set(data.files)
+    assert estimator.held_out(data, 3, 10).shape == (1, 3, 16, 16)
+    assert all(data.labels[data.files.index(file)] == label for file, label in zip(part.files, part.labels))
+
+
 ERRORS = [  # script, arguments, what the line must name
     ("train.py", "--model DiT-XXL/2", "DiT-XXL/2"),
     ("train.py", "--steps 0", "'0'"),
@@ -668,6 +921,28 @@ ERRORS = [  # script, arguments, what the line must name
     ("sample.py", "--ckpt runs/one --out file.txt/grid.png --num 1 --steps 1", "file.txt"),
     ("sample.py", "--ckpt runs/plain --w-nag 3", "--noise-drop"),
     ("sample.py", "--what", "--what"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1", "--estimator"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator nowhere.pt", "nowhere.pt"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator runs/one/checkpoints/0000020.pt", "0000020.pt is no noise estimator"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator vp.pt", "interpolant vp"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator size.pt", "image size 4"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator grey.pt", "channel count 1"),
+    ("sample.py", "--ckpt vp.pt", "vp.pt"),
+    ("estimator.py", "", "command"),
+    ("estimator.py", "train --jitter 3", "'3'"),
+    ("estimator.py", "train --data nowhere", "nowhere"),
+    ("estimator.py", "train --out empty", "empty"),
+    ("estimator.py", "train --out vp.pt --steps 7", "--interpolant"),
+    ("estimator.py", "train --out tensor.pt", "tensor.pt"),
+    ("estimator.py", "train --data broken --out new.pt --batch 2", "broken/a/bad.png"),
+    ("estimator.py", "measure --ckpt runs/one", "runs/estimator-shapes-linear.pt"),
+    ("estimator.py", "measure --ckpt runs/one --estimator vp.pt", "interpolant vp"),
+    ("estimator.py", "measure --ckpt runs/one --estimator good.pt --w-nag 0 x", "'x'"),
+    ("estimator.py", "measure --ckpt runs/one --estimator good.pt --num 1", "'1'"),
+    ("estimator.py", "measure --ckpt runs/one --estimator good.pt --w-nag-classifier 1", "--guide-estimator"),
+    ("estimator.py", "measure --ckpt runs/one --estimator good.pt --sampler sde ddpm", "ddpm"),
+    ("estimator.py", "measure --ckpt runs/one --estimator good.pt --steps 1", "steps"),
+    ("estimator.py", "measure --ckpt runs/one --estimator good.pt --out file.txt", "file.txt"),
 ]
 
 
@@ -690,10 +965,14 @@ def test_a_users_error_is_one_line_and_status_2(runs, name, args, word, capsys, 
         checkpoint["settings"]["noise_drop"] = 0.0
         with train.replacing(runs / "runs/plain/checkpoints/0000020.pt") as file:
             torch.save(checkpoint, file)
+    (runs / "broken/a/worse.png").write_bytes(b"\x89PNG no image")
+    for file, interpolant, size, channels in (("good", "linear", 8, 3), ("vp", "vp", 8, 3), ("size", "linear", 4, 3), ("grey", "linear", 8, 1)):
+        torch.save({"estimator": models.NoiseEstimator(size, channels).state_dict(), "step": 9,
+                    "settings": dict(interpolant=interpolant, input_size=size, in_channels=channels, data="shapes", image_size=size, seed=0)}, runs / f"{file}.pt")
     monkeypatch.setattr(sys, "argv", [name, *args.split()])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as status:
-        train.one_line_errors({"train.py": train, "sample.py": sample}[name].main)
+        train.one_line_errors({"train.py": train, "sample.py": sample, "estimator.py": estimator}[name].main)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     error = capsys.readouterr().err.strip().splitlines()[-1]

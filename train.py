@@ -52,8 +52,8 @@ def stop(message, everywhere=False):
 
 
 class Arguments(argparse.ArgumentParser):
-    def __init__(self, story):
-        super().__init__(description=story.split("\n\n")[0], allow_abbrev=False)
+    def __init__(self, story, **options):
+        super().__init__(description=story.split("\n\n")[0], allow_abbrev=False, **options)
 
     def error(self, message):
         stop(f"{message}; see --help")
@@ -189,6 +189,11 @@ class ImageFolder:
             image = centre_crop(read_image(self.files[index]), self.image_size)
             row[:] = image.transpose(2, 0, 1)[:, :, ::-1 if mirrored else 1]
         return out, np.array([self.labels[i] for i in indices])
+
+
+def open_data(name, image_size, seed):
+    """The data set that --data names."""
+    return Shapes(image_size, seed) if name == "shapes" else ImageFolder(name, image_size)
 
 
 class UnreadableImage(ValueError):
@@ -487,7 +492,7 @@ def resolve(given, out, saved, device):
     if "precision" not in s:
         s["precision"] = agree(fast_precision(device))
 
-    data = Shapes(s["image_size"], s["seed"]) if s["data"] == "shapes" else ImageFolder(s["data"], s["image_size"])
+    data = open_data(s["data"], s["image_size"], s["seed"])
     s["classes"], s["images"] = data.classes, None if data.endless else len(data)
     s.setdefault("workers", 0 if data.endless and device.type == "cpu" else min(4, os.cpu_count()))
     if "epochs" in given:

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import gaussian_kde
 from tqdm import tqdm
 
 import diffusion
@@ -77,9 +76,6 @@ def default_file(data, interpolant):
 # Real data, of which a part is held out: to judge the estimator, and to compare samples with
 
 
-HELD_OUT = 2**40                                                  # shapes from this index on
-
-
 def split(data, seed):
     """The data to train on, and the numbers of the held-out images: a tenth of a folder, at most 5000; of shapes no end."""
     if data.endless:
@@ -96,7 +92,7 @@ def split(data, seed):
 def held_out(data, seed, most):
     """Up to `most` held-out images, (N, 3, H, W) in [−1, 1]."""
     numbers = split(data, seed)[1]
-    numbers = range(HELD_OUT, HELD_OUT + most) if numbers is None else numbers[:most]
+    numbers = range(data.held_out, data.held_out + most) if numbers is None else numbers[:most]
     try:
         return to_float(torch.from_numpy(data.images(numbers, np.zeros(len(numbers), bool))[0]))
     except UnreadableImage as error:
@@ -191,7 +187,7 @@ def train(args):
             yield to_float(images), t, eps
 
     def save(step):
-        if step % 500 == 0 or step == s["steps"]:
+        if step % 200 == 0 or step == s["steps"]:
             with replacing(out) as file:
                 torch.save({"estimator": estimator.state_dict(), "opt": optimizer.state_dict(), "step": step, "settings": s}, file)
 
@@ -489,6 +485,8 @@ class Panel:
 
 def figure(path, title, real, table, results):
     """The shift against t with its 95 % band for each setting, and densities of t̂ at three levels."""
+    from scipy.stats import gaussian_kde                          # takes a second, which only this figure needs
+
     page = Image.new("RGB", (1200 * FINE, 640 * FINE), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE)
     pen.text((90 * FINE, 14 * FINE), title, "black", font)

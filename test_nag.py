@@ -2,6 +2,7 @@
 
     python -m pytest -q test_nag.py
 """
+import io
 import itertools
 import json
 import math
@@ -11,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 from scipy.optimize import brentq
@@ -24,12 +27,14 @@ from scipy.stats import truncnorm
 
 import diffusion
 import estimator
+import fid
 import models
 import sample
 import train
 
 HERE = Path(__file__).resolve().parent
 PATHS = [diffusion.Linear(), diffusion.VP()]
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; set SLOW=1 to run it")
 by_name = pytest.mark.parametrize("path", PATHS, ids=["linear", "vp"])
 
 
@@ -517,7 +522,7 @@ def trained(path, draw, size, steps, batch, jitter, lr=1e-3):
 def test_estimator_finds_the_exact_posterior_of_gaussian_data():
     path = diffusion.Linear()
     data = Gaussian(path)
-    net = trained(path, data.draw, 8, 2500, 256, jitter=0.0, lr=5e-4)
+    net = trained(path, data.draw, 8, 2000, 256, jitter=0.0, lr=4e-4)
     products = torch.zeros(3)
     for t in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         x = diffusion.add_noise(path, data.draw(1000), torch.randn(1000, 3, 8, 8), t).float()
@@ -537,7 +542,7 @@ def test_estimator_sees_the_shift_that_known_noise_makes(path):
     data = train.Shapes(16, seed=0)
     images = train.to_float(torch.from_numpy(data.images(range(12_000))[0]))
     training, held = images[:10_000], images[10_000:]
-    net = trained(path, lambda n: training[torch.randint(0, 10_000, (n,))], 16, 700, 128, jitter=0.4)
+    net = trained(path, lambda n: training[torch.randint(0, 10_000, (n,))], 16, 400 if path.prediction == "velocity" else 700, 128, jitter=0.4)
     for t, known in itertools.product(*(((0.2, 0.45, 0.7), (0.02, 0.05, 0.1)) if path.prediction == "velocity" else ((0.1, 0.2, 0.3), (0.02, 0.05)))):
         x = diffusion.add_noise(path, held, torch.randn(held.shape), t).float()
         sigma_e = (path.sigma(t + known)**2 - path.sigma(t)**2).sqrt().item()
@@ -867,14 +872,14 @@ def test_sampling_with_the_estimator_as_guide(readers):
 
 
 def test_an_estimator_that_was_killed_ends_in_the_same_weights(tmp_path):
-    command = ["train", "--image-size", 4, "--batch", 4, "--steps", 650, "--interpolant", "vp"]
+    command = ["train", "--image-size", 4, "--batch", 4, "--steps", 260, "--interpolant", "vp"]
     run = subprocess.Popen([sys.executable, str(HERE / "estimator.py"), *map(str, command), "--out", "killed.pt"], cwd=tmp_path, env=environment(),
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and not (tmp_path / "killed.pt").exists():
         time.sleep(0.02)
     run.kill()
     run.wait()
-    assert models.load_file(tmp_path / "killed.pt")["step"] == 500
+    assert models.load_file(tmp_path / "killed.pt")["step"] == 200
     for name in ("killed", "whole"):
         done = script("estimator.py", *command, "--out", f"{name}.pt", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -928,7 +933,7 @@ ERRORS = [  # script, arguments, what the line must name
     ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator size.pt", "image size 4"),
     ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator grey.pt", "channel count 1"),
     ("sample.py", "--ckpt vp.pt", "vp.pt"),
-    ("estimator.py", "", "command"),
+    ("estimator.py", "", "train | measure"),
     ("estimator.py", "train --jitter 3", "'3'"),
     ("estimator.py", "train --data nowhere", "nowhere"),
     ("estimator.py", "train --out empty", "empty"),
@@ -943,6 +948,13 @@ ERRORS = [  # script, arguments, what the line must name
     ("estimator.py", "measure --ckpt runs/one --estimator good.pt --sampler sde ddpm", "ddpm"),
     ("estimator.py", "measure --ckpt runs/one --estimator good.pt --steps 1", "steps"),
     ("estimator.py", "measure --ckpt runs/one --estimator good.pt --out file.txt", "file.txt"),
+    ("fid.py", "shapes shapes --device tpu", "tpu"),
+    ("fid.py", "shapes shapes --features inception --weights nowhere.pth", "nowhere.pth"),
+    ("fid.py", "shapes shapes --features inception --weights other.pt", "other.pt"),
+    ("fid.py", "shapes shapes --metrics sfid", "nothing to compare"),
+    ("fid.py", "shapes shapes --save-stats stats.txt", "stats.txt"),
+    ("fid.py", "shapes shapes --num 1", "'1'"),
+    ("fid.py", "shapes", "REFERENCE"),
 ]
 
 
@@ -972,7 +984,7 @@ def test_a_users_error_is_one_line_and_status_2(runs, name, args, word, capsys, 
     monkeypatch.setattr(sys, "argv", [name, *args.split()])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as status:
-        train.one_line_errors({"train.py": train, "sample.py": sample, "estimator.py": estimator}[name].main)
+        train.one_line_errors({"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}[name].main)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -1014,3 +1026,248 @@ print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
     assert int(re.search(r"grown (\d+)", done.stdout)[1]) < 50, done.stderr
     with np.load(tmp_path / "many.npz") as file:
         assert file["arr_0"].shape == (50_000, 32, 32, 3) and (file["arr_1"] == 3).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid.py
+
+
+@pytest.mark.parametrize("height, width, size", [(7, 12, 9), (16, 16, 299), (40, 33, 20)])
+def test_resizing_is_the_rule_of_tensorflow_1(height, width, size):
+    """Oracle: output (i, j) from its four neighbours, one pixel at a time."""
+    x = np.random.default_rng(0).random((height, width))
+    want = np.empty((size, size))
+    for i, j in itertools.product(range(size), range(size)):
+        a, b = i * height / size, j * width / size
+        i0, j0 = int(a), int(b)
+        i1, j1 = min(i0 + 1, height - 1), min(j0 + 1, width - 1)
+        want[i, j] = ((1 - a + i0) * ((1 - b + j0) * x[i0, j0] + (b - j0) * x[i0, j1]) + (a - i0) * ((1 - b + j0) * x[i1, j0] + (b - j0) * x[i1, j1]))
+    got = fid.resize_tf1(torch.from_numpy(x)[None, None].float(), size)[0, 0]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def inception(seed=0):
+    """The Inception network with random weights that keep the scale."""
+    torch.manual_seed(seed)
+    net = fid.InceptionV3().eval().requires_grad_(False)
+    for name, value in net.state_dict().items():
+        if value.ndim > 1:
+            torch.nn.init.kaiming_normal_(value)
+        elif "running_mean" in name or name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.1)
+    return net
+
+
+def test_fused_inception_gives_the_same_features():
+    images = torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8)
+    plain = inception()(images)
+    for want, got, width in zip(plain, inception().fused()(images), fid.InceptionV3.widths):
+        assert got.shape == (2, width)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+    net = inception()
+    torch.testing.assert_close(plain[2], plain[0] @ net.fc.weight.T)                     # no bias
+    torch.nn.init.zeros_(net.Mixed_6d.branch1x1.conv.weight[7:])                         # nothing but the first 7 channels counts
+    torch.testing.assert_close(net(images)[1], plain[1])
+
+
+def rotated_blocks(dims, seed):
+    """Two covariances that do not commute, of 2×2 blocks in a common random basis, and tr √(Σ_a Σ_b) from the blocks'
+
+    closed form: tr √M = √(tr M + 2 √det M) for a 2×2 matrix with positive eigenvalues.
+    """
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.standard_normal((dims, dims)))
+    a, b, trace = np.zeros((dims, dims)), np.zeros((dims, dims)), 0.0
+    for i in range(0, dims, 2):
+        blocks = [m @ m.T for m in rng.standard_normal((2, 2, 2))]
+        a[i:i + 2, i:i + 2], b[i:i + 2, i:i + 2] = blocks
+        product = blocks[0] @ blocks[1]
+        trace += math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
+    return basis @ a @ basis.T, basis @ b @ basis.T, trace
+
+
+def test_frechet_distance_of_gaussians_is_its_closed_form():
+    rng = np.random.default_rng(0)
+    mu1, mu2 = rng.standard_normal((2, 60))
+    basis, _ = np.linalg.qr(rng.standard_normal((60, 60)))
+    for l1, l2 in (rng.random((2, 60)), np.concatenate([rng.random((2, 20)), np.zeros((2, 40))], 1)):      # commuting; of rank 20
+        got = fid.frechet_distance(mu1, basis * l1 @ basis.T, mu2, basis * l2 @ basis.T)
+        assert got == pytest.approx(((mu1 - mu2)**2).sum() + ((l1**0.5 - l2**0.5)**2).sum(), rel=1e-6)
+    a, b, trace = rotated_blocks(60, 1)
+    assert np.abs(a @ b - b @ a).max() > 0.1
+    assert fid.frechet_distance(mu1, a, mu2, b) == pytest.approx(((mu1 - mu2)**2).sum() + np.trace(a + b) - 2 * trace, rel=1e-6)
+    with pytest.raises(ValueError, match="do not fit"):
+        fid.frechet_distance(mu1, a, mu2[:3], b)
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet_distance(mu1, a * np.nan, mu2, b)
+
+
+@pytest.mark.parametrize("n, dims", [(500, 2048), (3000, 64)])
+def test_frechet_distance_of_features_moved_and_scaled(n, dims):
+    """Of X and c X + m it is |mean shift|² + (1 − c)² tr Σ, with fewer features than dimensions too; of X and X nothing."""
+    x = torch.randn(n, dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = 0.7 * x + 0.3
+    sigma = torch.cov(x.T)
+    want = (x.mean(0) - y.mean(0)).square().sum().item() + 0.09 * sigma.trace().item()
+    a, b = fid.Moments.of_features(x), fid.Moments.of_features(y)
+    assert a.distance(b) == pytest.approx(want, rel=1e-6) and abs(a.distance(a)) < 1e-6
+    if n < dims:
+        assert a.factor.shape == (dims, n)                        # no covariance of 2048² was made
+    assert fid.frechet_distance(x.mean(0), sigma, y.mean(0), torch.cov(y.T)) == pytest.approx(want, rel=1e-6)
+
+
+def test_frechet_distance_is_real_where_the_root_of_the_product_is_not():
+    x, y = np.random.default_rng(0).standard_normal((2, 40, 128))                        # 40 features of 128 dimensions
+    a, b = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(a @ b)
+    assert np.iscomplexobj(root) or not np.isfinite(root).all()
+    want = ((x.mean(0) - y.mean(0))**2).sum() + np.trace(a + b) - 2 * np.linalg.svd((x - x.mean(0)) @ (y - y.mean(0)).T / 39, compute_uv=False).sum()
+    assert fid.frechet_distance(x.mean(0), a, y.mean(0), b) == pytest.approx(want, rel=1e-6)
+
+
+def test_inception_score_of_constant_and_of_certain_predictions():
+    assert fid.inception_score(torch.zeros(6000, 1008)) == pytest.approx(1)
+    assert fid.inception_score(torch.randn(1, 1008).expand(300, -1)) == pytest.approx(1)
+    assert fid.inception_score(1e4 * torch.eye(1008).repeat(2, 1), split=1008) == pytest.approx(1008)
+    half = 1e4 * torch.eye(1008)[torch.arange(5000 + 10) % 2]
+    half[5000:] = half[0]
+    assert fid.inception_score(half) == pytest.approx((2 + 1) / 2)                       # the mean of two splits
+
+
+def test_precision_and_recall_by_construction():
+    rng = torch.Generator().manual_seed(0)
+    cloud = lambda n, at: torch.randn(n, 16, generator=rng) * 0.01 + at
+    real = torch.cat([cloud(300, 0.0), cloud(100, 5.0)])
+    fake = torch.cat([cloud(100, 5.0), cloud(100, -7.0)])
+    precision, recall = fid.precision_recall(real, torch.cat([real[300:], cloud(100, -7.0)]))
+    assert precision == 0.5 and recall == 0.25
+    assert fid.precision_recall(real, real) == (1.0, 1.0) and fid.precision_recall(real, cloud(50, 40.0)) == (0.0, 0.0)
+    from scipy.spatial import cKDTree
+    trees = [cKDTree(a.numpy()) for a in (real, fake)]
+    radii = [tree.query(tree.data, 4)[0][:, 3] for tree in trees]
+    covered = lambda points, tree, reach: np.mean([(np.linalg.norm(tree.data - p, axis=1) <= reach).any() for p in points.numpy()])
+    precision, recall = fid.precision_recall(real, fake)
+    assert abs(precision - covered(fake, trees[0], radii[0])) < 0.01 and abs(recall - covered(real, trees[1], radii[1])) < 0.01
+    with pytest.raises(ValueError, match="more than 3"):
+        fid.precision_recall(real, fake[:3])
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two sets of shapes as .npz, one of them as a folder too, and a checkpoint of Inception with random weights."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name, start in (("a", 0), ("b", 5000)):
+        images = train.Shapes(16, 0).images(range(start, start + 700))[0].transpose(0, 2, 3, 1)
+        np.savez(folder / f"{name}.npz", arr_0=images, arr_1=np.zeros(700, int))
+    with np.load(folder / "a.npz") as file:
+        images = file["arr_0"]
+    np.savez_compressed(folder / "darker.npz", arr_0=images // 2)
+    for i, image in enumerate(images):
+        (folder / f"a/{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"a/{i % 3}/{i:04}.png")
+    torch.save(inception().state_dict(), folder / "inception.pth")
+    return folder
+
+
+def compared(folder, *args, ranks=1):
+    done = script("fid.py", *args, "--json", "out.json", cwd=folder, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.json").read_text()), done
+
+
+def test_the_drawn_shapes_are_compared_by_random_features(sets):
+    same, done = compared(sets, "a.npz", "shapes")
+    assert "FD-random" in done.stdout and "FID" not in done.stdout and same["features"] == "random" and same["num_reference"] == 10_000
+    dark, _ = compared(sets, "darker.npz", "shapes")
+    assert same["fid"] < 0.1 * dark["fid"] and same["precision"] > 0.8 > 0.2 > dark["precision"]
+    folder, _ = compared(sets, "a", "a.npz")
+    assert abs(folder["fid"]) < 1e-6 and folder["precision"] == folder["recall"] == 1
+    few, done = compared(sets, "a.npz", "b.npz", "--num", 100, "--metrics", "fid")
+    assert "warning: 100 images are fewer than the 512" in done.stderr and set(few) & set(fid.METRICS) == {"fid"}
+
+
+def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):
+    options = ["--features", "inception", "--weights", "inception.pth", "--num-samples", 12, "--batch", 5]
+    whole, done = compared(sets, "a.npz", "b.npz", *options, "--save-stats", "b-stats.npz")
+    assert all(math.isfinite(whole[name]) for name in fid.METRICS) and "warning" in done.stderr
+    parts, _ = compared(sets, "a.npz", "b.npz", *options, ranks=2)
+    again, _ = compared(sets, "a.npz", "b-stats.npz", *options)
+    for name in fid.METRICS:
+        assert parts[name] == pytest.approx(whole[name], rel=1e-3) and again[name] == pytest.approx(whole[name], rel=1e-3)
+    with np.load(sets / "b-stats.npz") as file:
+        np.savez(sets / "moments.npz", **{key: file[key] for key in ("mu", "sigma")})
+    moments, done = compared(sets, "a.npz", "moments.npz", *options)
+    assert set(moments["left_out"]) == {"sfid", "precision", "recall"} and "left out: sFID" in done.stdout
+    assert moments["fid"] == pytest.approx(whole["fid"], rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [4000, pytest.param(50_000, marks=slow)])
+def test_images_of_256_are_read_in_a_stream(tmp_path, count):
+    """Of 50,000, 9.8 GB pass a stub of the network; memory grows by less than 100 MB."""
+    with zipfile.ZipFile(tmp_path / "many.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 256, 256, 3)))
+        block = bytes(100 * 256 * 256 * 3)
+        for _ in range(count // 100):
+            file.write(block)
+    code = f"""
+import sys, resource, torch; sys.path.insert(0, {str(HERE)!r})
+import fid
+class Stub:
+    widths = (8, 0, 0)
+    def __call__(self, images):
+        return images[:, :, 0, :8].float().mean(1), torch.empty(len(images), 0), torch.empty(len(images), 0)
+source = fid.Source("many.npz", None, 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pool = fid.features(source, Stub(), 64, "cpu")[0]
+print(pool.shape, 'grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert f"({count}, 8)" in done.stdout and int(re.search(r"grown (\d+)", done.stdout)[1]) < 100, done.stderr
+
+
+def test_precision_and_recall_take_memory_for_a_block_alone(tmp_path):
+    code = f"""
+import sys, resource, torch; sys.path.insert(0, {str(HERE)!r})
+import fid
+real, fake = torch.randn(6000, 16), torch.randn(40_000, 16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fid.precision_recall(real, fake)
+print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert int(re.search(r"grown (\d+)", done.stdout)[1]) < 1500, done.stderr
+
+
+BAD_SETS = {  # file: what the line must name
+    "cut.npz": "cut.npz", "text.npz": "text.npz", "short.npz": "claims", "pickled.npz": "pickled objects", "floats.npz": "float64", "grey.npz": "(4, 8, 8)",
+    "none.npz": "(0, 8, 8, 3)", "bare.npz": "only x", "nan.npz": "not finite", "half.npz": "sigma", "unfit.npz": "do not fit", "mixed": "9×8", "broken": "bad.png",
+    "empty": "no images", "nowhere": "nowhere", "one.npz": "more than 3", "flipped.npz": "flipped.npz",
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETS)
+def test_bad_sets_of_images_are_one_line_and_status_2(sets, name, capsys, monkeypatch):
+    monkeypatch.chdir(sets)
+    good, images = (sets / "a.npz").read_bytes(), np.zeros((4, 8, 8, 3), np.uint8)
+    (sets / "cut.npz").write_bytes(good[:len(good) // 2])
+    (sets / "text.npz").write_text("hello")
+    flipped = bytearray((sets / "darker.npz").read_bytes())
+    flipped[len(flipped) // 3] ^= 255                             # inside the compressed images
+    (sets / "flipped.npz").write_bytes(flipped)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(10**7, 256, 256, 3)))
+    with zipfile.ZipFile(sets / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+    np.savez(sets / "pickled.npz", arr_0=np.array([{1: 2}], dtype=object))
+    for file, arrays in (("floats", dict(arr_0=images / 2)), ("grey", dict(arr_0=images[..., 0])), ("none", dict(arr_0=images[:0])), ("bare", dict(x=images)),
+                         ("nan", dict(mu=np.array([np.nan]), sigma=np.eye(1))), ("half", dict(mu=np.zeros(3))), ("one", dict(arr_0=images[:1])),
+                         ("unfit", dict(mu=np.zeros(3), sigma=np.eye(4)))):
+        np.savez(sets / f"{file}.npz", **arrays)
+    for folder in ("mixed", "broken", "empty"):
+        (sets / folder).mkdir(exist_ok=True)
+    Image.fromarray(images[0]).save(sets / "mixed/1.png")
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(sets / "mixed/2.png")
+    (sets / "broken/bad.png").write_bytes(b"\x89PNG no image")
+    monkeypatch.setattr(sys, "argv", ["fid.py", name, name if name == "one.npz" else "shapes", *(["--metrics", "precision"] if name == "one.npz" else [])])
+    with pytest.raises(SystemExit) as status:
+        train.one_line_errors(fid.main)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status.value.code == 2 and error.startswith("fid.py: ") and BAD_SETS[name] in error, error

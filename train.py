@@ -107,6 +107,7 @@ class Shapes:
 
     classes = ["bar", "circle", "cross", "moon", "ring", "square", "star", "triangle"]
     endless = True
+    held_out = 2**40                                              # from this index on, for what training should not have seen
 
     def __init__(self, image_size, seed=0):
         self.image_size, self.seed = image_size, seed

@@ -90,11 +90,11 @@ def split(data, seed):
 
 
 def held_out(data, seed, most):
-    """Up to `most` held-out images, (N, 3, H, W) in [−1, 1]."""
+    """Up to `most` held-out images, uint8 (N, 3, H, W)."""
     numbers = split(data, seed)[1]
     numbers = range(data.held_out, data.held_out + most) if numbers is None else numbers[:most]
     try:
-        return to_float(torch.from_numpy(data.images(numbers, np.zeros(len(numbers), bool))[0]))
+        return torch.from_numpy(data.images(numbers, np.zeros(len(numbers), bool))[0])
     except UnreadableImage as error:
         stop(error)
 
@@ -145,7 +145,7 @@ def train(args):
     s = {"data": data, "interpolant": args.interpolant, "image_size": size, "input_size": size, "in_channels": 3, "steps": args.steps,
          "batch": args.batch, "lr": args.lr, "jitter": args.jitter, "seed": args.seed, "class_drop": 0.0, "noise_drop": 0.0}
     source = open_data(data, size, args.seed)
-    s["num_classes"] = len(source.classes)
+    s["num_classes"], s["images"] = len(source.classes), None if source.endless else len(source)
     path = PATHS[args.interpolant]().to(device)
 
     torch.manual_seed(args.seed)
@@ -159,7 +159,8 @@ def train(args):
             stop(f"{error}; remove it, or give another --out")
         for name in s:
             if settings_there.get(name) != s[name]:
-                stop(f"{out} was trained with --{name.replace('_', '-')} {settings_there.get(name)}, not {s[name]}; give another --out")
+                option = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
+                stop(f"{out} was trained with {option} {settings_there.get(name)}, not {s[name]}; give another --out")
         start = saved["step"]
         if start >= s["steps"]:
             print(f"{out} is finished; now: python estimator.py measure --w-nag 0 3 --estimator {out}")
@@ -228,25 +229,20 @@ class Reading:
 
 
 @torch.no_grad()
-def read(estimator, x, t, device):
-    """Of states x (N, C, H, W) of level t: the posterior means t̂ (N,), and their distribution functions at t (N,)."""
-    posteriors = [estimator(part.to(device)) for part in x.split(512)]
-    return tuple(torch.cat(column).cpu().double().numpy() for column in zip(*((p.mean(), p.cdf(t)) for p in posteriors)))
-
-
-def calibration(estimator, path, x0, levels, device):
-    """A Reading of the real images x0 (N, C, H, W) at each of the levels."""
+def calibration(estimator, path, images, levels, device):
+    """A Reading of the real images, uint8 (N, C, H, W), at each of the levels."""
     readings, rng = [], generator("calibration")
-    noise = lambda: torch.from_numpy(rng.standard_normal(x0.shape, np.float32))
     for t in levels:
-        x = diffusion.add_noise(path, x0, noise(), t).float()
-        estimates, rank = read(estimator, x, t, device)
-        seen = None
-        if t + PROBE <= 1:
-            extra = (path.sigma(t + PROBE)**2 - path.sigma(t)**2).sqrt().float()
-            seen = (read(estimator, x + extra * noise(), t, device)[0].mean() - estimates.mean()) / PROBE
-        readings.append(Reading(t, estimates, estimates.mean() - t, abs(estimates - t).mean(),
-                                ((rank > 0.1587) & (rank < 0.8413)).mean(), seen))
+        rows = []                                                 # t̂, its distribution function at t, and t̂ after a known shift
+        for part in images.split(512):
+            noise = lambda: torch.from_numpy(rng.standard_normal(part.shape, np.float32)).to(device)
+            x = diffusion.add_noise(path, to_float(part.to(device)), noise(), t).float()
+            extra = (path.sigma(min(1.0, t + PROBE))**2 - path.sigma(t)**2).sqrt().float()
+            posterior, shifted = estimator(x), estimator(x + extra * noise())
+            rows.append(torch.stack([posterior.mean(), posterior.cdf(t), shifted.mean()]).double().cpu().numpy())
+        estimates, rank, shifted = np.concatenate(rows, 1)
+        readings.append(Reading(t, estimates, estimates.mean() - t, abs(estimates - t).mean(), ((rank > 0.1587) & (rank < 0.8413)).mean(),
+                                (shifted.mean() - estimates.mean()) / PROBE if t + PROBE <= 1 else None))
     return readings
 
 
@@ -257,7 +253,8 @@ def calibration(estimator, path, x0, levels, device):
 def combinations(args, ckpt, s):
     """A Namespace as sample.py has it for each setting that the lists of options combine to; none twice."""
     if np.any(args.w_nag_classifier) and not args.guide_estimator:
-        stop("--w-nag-classifier needs the estimator to guide by, --guide-estimator FILE; train one with: python estimator.py train --seed 1 --out FILE")
+        stop("--w-nag-classifier needs the estimator to guide by, --guide-estimator FILE; "
+             "train one with: python estimator.py train --seed 1 --out FILE")
     as_list = lambda value: value if isinstance(value, list) else [value]
     names = ("sampler", "steps", "w_nag", "cfg_scale", "w_nag_classifier", "nag_interval", "cfg_interval")
     found = {}
@@ -300,7 +297,7 @@ def observe(estimator, sampler, num, batch, levels):
         return rows
     parts = [None] * WORLD
     dist.all_gather_object(parts, rows)
-    return np.concatenate(parts)
+    return np.concatenate(parts)                                  # in the order of the images
 
 
 def bootstrap(estimates, rng, times=1000):
@@ -346,6 +343,10 @@ def measure(args):
         stop(f"no noise estimator at {file}; train one with: python estimator.py train --data {s['data']} --interpolant {s['interpolant']} "
              f"--image-size {s['image_size']} --out {file}")
     estimator, own = open_estimator(file, ckpt, s)
+    if own["data"] != s["data"]:
+        stop(f"{file} was trained on {own['data']}, {ckpt} on {s['data']}; train one for it with: python estimator.py train "
+             f"--data {s['data']} --interpolant {s['interpolant']} --image-size {s['image_size']} --out FILE")
+    images = held_out(open_data(s["data"], s["image_size"], own["seed"]), own["seed"], 4 * args.num) if RANK == 0 else None
     guide = open_estimator(args.guide_estimator, ckpt, s)[0].to(device) if args.guide_estimator else None
     estimator.to(device), model.to(device)
     args.precision = args.precision or agree(fast_precision(device))
@@ -366,12 +367,14 @@ def measure(args):
         levels = nearest(visited(sampler), args.levels)
         if not levels:
             stop(f"{walk} visit no level between 0 and 1; give more --steps")
-        results.append((name if same else f"{name}, {walk}", levels, observe(estimator, sampler, args.num, args.batch, levels)))
+        estimates = observe(estimator, sampler, args.num, args.batch, levels)
+        if not np.isfinite(estimates).all():
+            stop(f"the states of {name}, {walk}, are not finite; lower its weights")
+        results.append((name if same else f"{name}, {walk}", levels, estimates))
     if RANK:
         return
 
     levels = sorted({t for _, at, _ in results for t in at})
-    images = held_out(open_data(s["data"], s["image_size"], own["seed"]), own["seed"], 4 * args.num)
     real = {reading.t: reading for reading in calibration(estimator, path, images, levels, device)}
     table = shifts(path, real, results)
 
@@ -392,8 +395,8 @@ def measure(args):
 
     with replacing(out / "shift.json") as target:
         everything = {
-            "checkpoint": str(ckpt), "estimator": str(file), "guide_estimator": args.guide_estimator, "num": args.num, "real": len(images), "precision": args.precision,
-            "seed": args.seed, "minutes": round((time.perf_counter() - begun) / 60, 2),
+            "checkpoint": str(ckpt), "estimator": str(file), "guide_estimator": args.guide_estimator, "num": args.num, "real": len(images),
+            "precision": args.precision, "seed": args.seed, "minutes": round((time.perf_counter() - begun) / 60, 2),
             "real_data": [{"t": r.t, "bias": r.bias, "spread": float(r.estimates.std()), "seen": r.seen} for r in real.values()],
             "settings": [{**row, **{key: getattr(setting, key) for key in
                                     ("sampler", "steps", "w_nag", "nag_interval", "cfg_scale", "cfg_interval", "cfg_channels", "w_nag_classifier")}}
@@ -488,20 +491,21 @@ def figure(path, title, real, table, results):
     from scipy.stats import gaussian_kde                          # takes a second, which only this figure needs
 
     page = Image.new("RGB", (1200 * FINE, 640 * FINE), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE)
+    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), ImageFont.load_default(13 * FINE)
+    styled = lambda rows: zip(rows, itertools.cycle(STYLES))
     pen.text((90 * FINE, 14 * FINE), title, "black", font)
 
     trusted = lambda t: real[t].seen is not None and real[t].seen > 0.9
     rows = [row for setting in table for row in setting["levels"]]
     shown = [row for row in rows if trusted(row["t"])] or rows
-    low, high = min(0, *(row["interval"][0] for row in shown)), max(0, *(row["interval"][1] for row in shown))
-    differing = [(setting, style) for setting, style in zip(table, itertools.cycle(STYLES)) if "less_than_first" in setting["levels"][0]]
+    low, high = min(0, *(row["interval"][0] for row in shown)), max(1e-6, *(row["interval"][1] for row in shown))
+    differing = [(setting, style) for setting, style in styled(table) if "less_than_first" in setting["levels"][0]]
     panel = Panel(590, 335 if differing else 500, (0, 1), (low - 0.08 * (high - low), high + 0.08 * (high - low)))
     panel.curve((0, 1), (0, 0), (150, 150, 150), width=1)
     equal = min((i / 1000 for i in range(1, 1001)), key=lambda t: abs((path.alpha(t) - path.sigma(t)).item()))
     panel.curve((equal, equal), panel.y_range, (150, 150, 150), (3, 4), width=1)
-    ImageDraw.Draw(panel.image).text((panel.at(equal, 0)[0] - 6 * FINE, 8 * FINE), "SNR > 1", (110, 110, 110), ImageFont.load_default(13 * FINE), anchor="ra")
-    for setting, (colour, dashes) in zip(table, itertools.cycle(STYLES)):
+    ImageDraw.Draw(panel.image).text((panel.at(equal, 0)[0] - 6 * FINE, 8 * FINE), "SNR > 1", (110, 110, 110), small, anchor="ra")
+    for setting, (colour, dashes) in styled(table):
         ts, ys = zip(*((row["t"], row["shift"]) for row in setting["levels"]))
         panel.band(ts, *zip(*(row["interval"] for row in setting["levels"])), colour)
         panel.curve(ts, ys, colour, dashes)
@@ -524,7 +528,7 @@ def figure(path, title, real, table, results):
     three = [min(first, key=lambda t: abs(t - aim)) for aim in (0.2, 0.4, 0.6)]
     for k, t in enumerate(three):
         groups = [("real data", real[t].estimates, (150, 150, 150), ())]
-        groups += [(name, estimates[:, levels.index(t)], *style) for (name, levels, estimates), style in zip(results, itertools.cycle(STYLES)) if t in levels]
+        groups += [(name, estimates[:, levels.index(t)], *style) for (name, levels, estimates), style in styled(results) if t in levels]
         ends = np.concatenate([values for _, values, *_ in groups])
         span = (max(0, np.percentile(ends, 0.2)), min(1, np.percentile(ends, 99.8)))
         span = (min(span[0], t) - 0.1 * (span[1] - span[0] + 1e-3), max(span[1], t) + 0.1 * (span[1] - span[0] + 1e-3))
@@ -535,11 +539,11 @@ def figure(path, title, real, table, results):
         panel.band(grid, np.zeros(300), heights[0], (60, 60, 60))
         for height, (_, _, colour, dashes) in zip(heights, groups):
             panel.curve(grid, height, colour, dashes, width=1.8)
-        ImageDraw.Draw(panel.image).text((panel.size[0] - 8 * FINE, 6 * FINE), f"t = {t:.3f}", "black", ImageFont.load_default(13 * FINE), anchor="ra")
+        ImageDraw.Draw(panel.image).text((panel.size[0] - 8 * FINE, 6 * FINE), f"t = {t:.3f}", "black", small, anchor="ra")
         panel.put(page, 760, 50 + 187 * k, "estimated level" if k == 2 else "", "density", numbers=False)
 
     x = 90
-    for (name, colour, dashes) in [(setting["name"], *style) for setting, style in zip(table, itertools.cycle(STYLES))] + [("real data", (150, 150, 150), ())]:
+    for (name, colour, dashes) in [(setting["name"], *style) for setting, style in styled(table)] + [("real data", (150, 150, 150), ())]:
         key = Panel(38, 12, (0, 1), (0, 1))
         key.curve((0, 1), (0.5, 0.5), colour, dashes)
         page.paste(key.image, (x * FINE, 608 * FINE))

@@ -209,9 +209,8 @@ class Moments:
     @classmethod
     def of_features(cls, features):
         """From features (N, D): with fewer of them than dimensions, they are the factor themselves, and no Σ is made."""
-        mean, sigma = mean_and_covariance(features) if len(features) > features.shape[1] else (None, None)
-        if sigma is not None:
-            return cls.of_statistics(mean, sigma)
+        if len(features) > features.shape[1]:
+            return cls.of_statistics(*mean_and_covariance(features))
         features = torch.as_tensor(features).double()
         return cls(features.mean(0), (features - features.mean(0)).T / math.sqrt(len(features) - 1))
 
@@ -350,18 +349,22 @@ class Source:
                     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
                         raise ValueError(f"{self.name}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
                     self.num, self.size, self.images = min(shape[0], self.limit or shape[0]), shape[1:3], self.stream
-                for key, ndim in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2), ("pool", 2), ("network", 0)):
+                for key, ndim in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2), ("pool", 2), ("size", 1), ("network", 0)):
                     if key in headers:
                         shape, dtype, _ = headers[key]
-                        if len(shape) != ndim or dtype.kind != ("U" if key == "network" else "f") or math.prod(shape) * dtype.itemsize > 8e9:
+                        if len(shape) != ndim or dtype.kind != {"network": "U", "size": "i"}.get(key, "f") or key != "pool" and math.prod(shape) * dtype.itemsize > 8e9:
                             raise ValueError(f"{self.name}: {key} is {dtype} {shape}, which is no such statistic")
                         with archive.open(f"{key}.npy") as file:
                             self.statistics = {**self.statistics, key: np.lib.format.read_array(file, allow_pickle=False)}
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}" if self.name not in str(error) else error) from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:        # encrypted, too
             raise ValueError(f"{self.name} is no readable .npz ({error}); give another file") from None
-        self.network = str(self.statistics.pop("network", "inception")) if self.statistics else None
+        if self.statistics:
+            self.network = str(self.statistics.pop("network", "inception"))
+            self.size = self.size or tuple(int(side) for side in self.statistics.pop("size", ()))
+            if self.network not in NETWORKS:
+                raise ValueError(f"{self.name} holds statistics of {self.network} features, which are none of {', '.join(NETWORKS)}")
         for a, b in (("mu", "sigma"), ("mu_s", "sigma_s")):
             if (a in self.statistics) != (b in self.statistics):
                 raise ValueError(f"{self.name} has one of {a} and {b} without the other; give both")
@@ -491,12 +494,16 @@ def open_network(name, weights, device):
     network = NETWORKS[name]()
     if name == "inception":
         if weights:
-            state = models.load_file(weights)
+            state = models.load_file(weights, "give --weights FILE, or leave it out to download them")
         else:
             try:
+                if WORLD > 1 and RANK:
+                    dist.barrier()                                # rank 0 downloads, the others find the file
                 state = torch.hub.load_state_dict_from_url(INCEPTION_URL, "pretrained", map_location="cpu", weights_only=True, progress=RANK == 0)
             except Exception as error:  # network, disk, damage
                 raise ValueError(f"cannot download the Inception weights from {INCEPTION_URL} ({error}); get them and give --weights FILE") from None
+            if WORLD > 1 and RANK == 0:
+                dist.barrier()
         models.load_weights(network, state, weights or INCEPTION_URL)
     return network.eval().requires_grad_(False).fused().to(device)
 
@@ -511,12 +518,17 @@ def compare(samples, reference, network_name, wanted, args, device):
         for side in (samples, reference):
             what = {"fid": "mu" if "mu" in side.statistics else "pool", "sfid": "mu_s", "is": None}.get(name, "pool")
             if name not in left_out and not has(side, what) and (name != "is" or side is samples):
-                left_out[name] = f"{side.name} holds no {'images' if name == 'is' else 'images and no ' + ('statistics for it' if name in ('fid', 'sfid') else 'features')}"
+                also = {"fid": " and no statistics", "sfid": " and no mu_s, sigma_s", "is": ""}.get(name, " and no features")
+                left_out[name] = f"{side.name} holds no images{also}"
+        count = min((n for side in (samples, reference) if (n := side.num or len(side.statistics.get("pool", ())))), default=math.inf)
+        least = {"precision": 4, "recall": 4, "is": 1}.get(name, 2)
+        if name not in left_out and count < least:
+            left_out[name] = f"{count} images; it needs {least} on each side"
     todo = [name for name in wanted if name not in left_out]
 
     network, found = None, {}
     for side in (samples, reference):
-        keep_all = side is reference and args.save_stats and spectral
+        keep_all = side is reference and args.save_stats and spectral and "mu_s" not in side.statistics
         pool = ("pool" not in side.statistics and ("precision" in todo or "recall" in todo or "fid" in todo and "mu" not in side.statistics)
                 or bool(args.save_stats and side is reference))
         keep = (pool, keep_all or "sfid" in todo and "mu_s" not in side.statistics, side is samples and "is" in todo)
@@ -531,8 +543,6 @@ def compare(samples, reference, network_name, wanted, args, device):
     def moments(side, mean, sigma, key):
         if mean in side.statistics:
             return Moments.of_statistics(side.statistics[mean], side.statistics[sigma])
-        if len(found[side][key]) < 2:
-            raise ValueError(f"{side.name} has {len(found[side][key])} image, of which there is no covariance")
         return Moments.of_features(found[side][key])
 
     values = {}
@@ -551,7 +561,7 @@ def compare(samples, reference, network_name, wanted, args, device):
         values |= {name: value for name, value in zip(("precision", "recall"), precision_recall(real, fake, 3, device, True)) if name in todo}
 
     if args.save_stats:
-        kept = {"network": np.array(network_name)}
+        kept = {"network": np.array(network_name), "size": np.array(reference.size)}
         for mean, sigma, key in (("mu", "sigma", "pool"), ("mu_s", "sigma_s", "spatial")):
             if mean in reference.statistics:
                 kept |= {mean: reference.statistics[mean], sigma: reference.statistics[sigma]}
@@ -568,8 +578,8 @@ def main():
     try:
         if args.device:
             device = torch.device(args.device)
-            torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
+            torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
         stop(f"--device {args.device} is not there; use cpu, or cuda where there is a GPU")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         stop(f"--save-stats {args.save_stats} must end in .npz")
@@ -579,11 +589,13 @@ def main():
         sides = (samples, reference)
         kept = {side.network for side in sides if side.statistics}
         small = all(max(side.size) < 64 for side in sides) and not kept
-        choice = args.features or (kept.pop() if len(kept) == 1 else "random" if small or args.reference == "shapes" else "inception")
+        choice = args.features or (kept.pop() if len(kept) == 1 else "random" if small or "shapes" in (args.samples, args.reference) else "inception")
         for side in sides:
             if side.statistics and side.network != choice:
                 raise ValueError(f"{side.name} holds statistics of {side.network} features, not of {choice}; compare like with like")
-        if choice == "random" and all(side.num for side in sides) and samples.size != reference.size:
+        if "shapes" in (args.samples, args.reference) and samples.size[0] != samples.size[1]:
+            raise ValueError(f"shapes are drawn on squares, and the other images are {samples.size[1]}×{samples.size[0]}")
+        if choice == "random" and samples.size != reference.size:
             raise ValueError(f"random features compare images of one size, not {samples.size[1]}×{samples.size[0]} with "
                              f"{reference.size[1]}×{reference.size[0]}")
         values, left_out = compare(samples, reference, choice, args.metrics or METRICS, args, device)
@@ -594,8 +606,10 @@ def main():
     if not values:
         stop(f"nothing to compare: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
 
-    titles = {"fid": "FID" if choice == "inception" else "FD-random", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall"}
-    print(f"samples     {samples.name} ({samples.num:,} images)\nreference   {reference.name} ({reference.num:,} images)")
+    titles = {"fid": "FID" if choice == "inception" else "FD-random", "sfid": "sFID", "is": "Inception Score",
+              "precision": "precision", "recall": "recall"}
+    holds = lambda side: " and ".join([f"{side.num:,} images"] * bool(side.num) + ["statistics"] * bool(side.statistics))
+    print(f"samples     {samples.name} ({holds(samples)})\nreference   {reference.name} ({holds(reference)})")
     for name, value in values.items():
         print(f"{titles[name]:16} {value:10.{5 if name == 'fid' and choice == 'random' else 4}f}")
     if left_out and (args.metrics or choice == "inception"):

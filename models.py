@@ -241,24 +241,26 @@ class TruncatedNormal:
     def __init__(self, loc, scale):
         self.loc, self.scale = loc, scale
         self.left, self.right = -loc / scale, (1 - loc) / scale
-        self.mass = self._between(self.left, self.right).clamp(min=1e-30)
+        self.log_mass = self._log_between(self.left, self.right)
 
     @staticmethod
-    def _between(a, b):
-        """Φ(b) − Φ(a), taken in the lower tail, where the difference is exact."""
+    def _log_between(a, b):
+        """log(Φ(b) − Φ(a)) for a < b, in the lower tail and in logarithms, so that it holds far outside [0, 1] too."""
         upper = a + b > 0
         a, b = torch.where(upper, -b, a), torch.where(upper, -a, b)
-        return torch.special.ndtr(b) - torch.special.ndtr(a)
+        log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+        return log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-6)))
 
     def log_prob(self, t):
-        return -((t - self.loc) / self.scale).square() / 2 - self.scale.log() - math.log(2 * math.pi) / 2 - self.mass.log()
+        return -((t - self.loc) / self.scale).square() / 2 - self.scale.log() - math.log(2 * math.pi) / 2 - self.log_mass
 
     def cdf(self, t):
-        return self._between(self.left, (t - self.loc) / self.scale) / self.mass
+        return torch.exp(self._log_between(self.left, (t - self.loc) / self.scale) - self.log_mass)
 
     def mean(self):
-        pdf = lambda z: torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-        return self.loc + self.scale * (pdf(self.left) - pdf(self.right)) / self.mass
+        log_pdf = lambda z: -z.square() / 2 - math.log(2 * math.pi) / 2
+        part = lambda z: torch.exp(log_pdf(z) - self.log_mass)
+        return (self.loc + self.scale * (part(self.left) - part(self.right))).clamp(0, 1)
 
 
 class NoiseEstimator(nn.Module):
@@ -341,10 +343,10 @@ def convert_sit(state_dict):
     return out
 
 
-def load_file(path):
+def load_file(path, otherwise="train one with: python train.py"):
     """The dict in a checkpoint file; nothing in the file is executed. Raises ValueError when it is no checkpoint."""
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
+        raise ValueError(f"no file {path}; {otherwise}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -394,10 +396,11 @@ def load_estimator(path):
 
     Raises ValueError when the file is damaged or none of these.
     """
-    checkpoint = load_file(path)
+    otherwise = "train one with: python estimator.py train"
+    checkpoint = load_file(path, otherwise)
     settings = checkpoint.get("settings")
     if not isinstance(settings, dict) or not isinstance(checkpoint.get("estimator"), dict):
-        raise ValueError(f"{path} is no noise estimator; train one with: python estimator.py train")
+        raise ValueError(f"{path} is no noise estimator; {otherwise}")
     try:
         estimator = NoiseEstimator(settings["input_size"], settings["in_channels"])
     except (KeyError, TypeError, RuntimeError) as error:

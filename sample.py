@@ -36,7 +36,7 @@ def sampling_arguments(add, several=None):
     add("--ckpt", metavar="PATH", help="checkpoint, or folder of a run (default: the newest below runs)")
     add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0, which is neutral)", **one_of)
     add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG (default: 1, which is neutral)", **one_of)
-    add("--w-nag-classifier", type=number(float), default=0.0, metavar="W",
+    add("--w-nag-classifier", type=number(float), metavar="W",
         help="weight of NAG by a noise estimator in place of the null branch (default: 0, which is neutral)", **one_of)
     add("--nag-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
         help="levels t at which NAG acts, in both forms (default: 0.1 0.6 on shapes, else 0 1)", **pair_of)
@@ -162,10 +162,11 @@ def write_npz(sampler, out, settings):
     if RANK == 0:
         if not (work / "settings.json").exists():
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            needed, free = 2 * args.num * (3 * size * size + 8), shutil.disk_usage(work).free
+            out.parent.mkdir(parents=True, exist_ok=True)
+            needed, free = 2 * args.num * (3 * size * size + 8), shutil.disk_usage(out.parent).free
             if needed > free:
                 stop(f"{out} needs {needed / 1e9:.1f} GB while it is written, {free / 1e9:.1f} GB are free; give another --out")
+            work.mkdir()
             for name, (dtype, shape) in parts.items():
                 np.lib.format.open_memmap(work / name, "w+", dtype, shape)
             np.lib.format.open_memmap(work / "arr_1.npy", "r+")[:] = -1
@@ -237,6 +238,9 @@ def settle(args, ckpt, s):
         stop(f"--sampler ddpm takes --steps 2 to 1000, not {args.steps}")
     if args.w_nag and not s["noise_drop"]:
         stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not: python train.py --noise-drop 0.1 --out DIR")
+    if args.estimator and args.w_nag_classifier is None:
+        stop("an estimator is there to guide by, with --w-nag-classifier W; give a weight, or leave the estimator out")
+    args.w_nag_classifier = args.w_nag_classifier or 0.0
     if args.w_nag_classifier and not args.estimator:
         stop("--w-nag-classifier needs a noise estimator, --estimator FILE; train one with: python estimator.py train")
     if args.cfg_scale != 1 and not s["class_drop"]:

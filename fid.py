@@ -128,18 +128,11 @@ class InceptionV3(nn.Module):
                                             "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], "branch_pool": []})
         self.Mixed_7b, self.Mixed_7c = mixed_8(1280, "avg"), mixed_8(2048, "max")
         self.fc = nn.Linear(2048, 1008)
-
-    def fused(self):
-        """The same network with every batch norm inside its convolution, its memory laid out channels last: faster."""
-        for module in self.modules():
-            if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
-                module.conv, module.bn = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
-        return self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)                # on two CPU cores 1.5 times as fast as the default layout
 
     def forward(self, images):
         x = (resize_tf1(images.float(), 299) - 128) / 128
-        if self.Conv2d_1a_3x3.conv.weight.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
@@ -178,9 +171,6 @@ class RandomFeatures(nn.Module):
             self.register_buffer(f"weight{i}", torch.from_numpy(weight))
             self.register_buffer(f"bias{i}", torch.from_numpy(0.1 * rng.standard_normal(out, np.float32)))
 
-    def fused(self):
-        return self
-
     def forward(self, images):
         x = images.float() / 127.5 - 1
         for i in range(4):
@@ -200,8 +190,12 @@ class Moments:
 
     @classmethod
     def of_statistics(cls, mean, sigma):
-        """From μ and Σ. Eigenvalues below λ_max · D · eps are rounding, and count as 0."""
+        """From μ and Σ: by Cholesky, or where Σ is singular by its eigenvectors, of which those below λ_max · D · eps count as 0."""
         mean, sigma = (torch.as_tensor(a, dtype=torch.float64) for a in (mean, sigma))
+        factor, failed = torch.linalg.cholesky_ex(sigma)
+        pivots = factor.diagonal().square()
+        if not failed and pivots.min() > pivots.max() * len(pivots) * torch.finfo(torch.float64).eps:
+            return cls(mean, factor)
         values, vectors = torch.linalg.eigh(sigma)
         kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
         return cls(mean, vectors[:, kept] * values[kept].sqrt())
@@ -505,7 +499,7 @@ def open_network(name, weights, device):
             if WORLD > 1 and RANK == 0:
                 dist.barrier()
         models.load_weights(network, state, weights or INCEPTION_URL)
-    return network.eval().requires_grad_(False).fused().to(device)
+    return network.eval().requires_grad_(False).to(device)
 
 
 def compare(samples, reference, network_name, wanted, args, device):

@@ -347,13 +347,7 @@ def measure(args):
     device = join_ranks()
     ckpt, model, s = open_checkpoint(args.ckpt)
     file = Path(args.estimator) if args.estimator else default_file(s["data"], s["interpolant"])
-    if not file.is_file():
-        stop(f"no noise estimator at {file}; train one with: python estimator.py train --data {s['data']} --interpolant {s['interpolant']} "
-             f"--image-size {s['image_size']} --out {file}")
-    estimator, own = open_estimator(file, ckpt, s)
-    if own["data"] != s["data"]:
-        stop(f"{file} was trained on {own['data']}, {ckpt} on {s['data']}; train one for it with: python estimator.py train "
-             f"--data {s['data']} --interpolant {s['interpolant']} --image-size {s['image_size']} --out FILE")
+    estimator, own = open_estimator(file, ckpt, s, judge=True)
     images = held_out(open_data(s["data"], s["image_size"], own["seed"]), own["seed"], 4 * args.num) if RANK == 0 else None
     guide = open_estimator(args.guide_estimator, ckpt, s)[0].to(device) if args.guide_estimator else None
     estimator.to(device), model.to(device)

@@ -539,19 +539,21 @@ def compare(samples, reference, network_name, wanted, args, device):
             return Moments.of_statistics(side.statistics[mean], side.statistics[sigma])
         return Moments.of_features(found[side][key])
 
+    def same_width(a, b):
+        if a != b:
+            raise ValueError(f"{samples.name} has features of {a} dimensions, {reference.name} of {b}")
+
     values = {}
     for name, keys in (("fid", ("mu", "sigma", "pool")), ("sfid", ("mu_s", "sigma_s", "spatial"))):
         if name in todo:
             a, b = (moments(side, *keys) for side in (samples, reference))
-            if len(a.mean) != len(b.mean):
-                raise ValueError(f"{samples.name} has features of {len(a.mean)} dimensions, {reference.name} of {len(b.mean)}")
+            same_width(len(a.mean), len(b.mean))
             values[name] = a.distance(b)
     if "is" in todo:
         values["is"] = inception_score(torch.from_numpy(found[samples]["logits"]))
     if "precision" in todo or "recall" in todo:
         real, fake = (torch.from_numpy(np.ascontiguousarray(found[side]["pool"], np.float32)) for side in (reference, samples))
-        if real.shape[1] != fake.shape[1]:
-            raise ValueError(f"{samples.name} has features of {fake.shape[1]} dimensions, {reference.name} of {real.shape[1]}")
+        same_width(fake.shape[1], real.shape[1])
         values |= {name: value for name, value in zip(("precision", "recall"), precision_recall(real, fake, 3, device, True)) if name in todo}
 
     if args.save_stats:

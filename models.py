@@ -391,12 +391,11 @@ def from_checkpoint(path, weights="ema"):
     return model.eval().requires_grad_(False), settings
 
 
-def load_estimator(path):
+def load_estimator(path, otherwise="train one with: python estimator.py train"):
     """A noise estimator in eval mode and the settings it was trained with, from a file of `estimator.py train`.
 
     Raises ValueError when the file is damaged or none of these.
     """
-    otherwise = "train one with: python estimator.py train"
     checkpoint = load_file(path, otherwise)
     settings = checkpoint.get("settings")
     if not isinstance(settings, dict) or not isinstance(checkpoint.get("estimator"), dict):

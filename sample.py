@@ -29,7 +29,7 @@ from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoint
 GRID = 64                                                         # up to so many images become a picture
 
 
-def sampling_arguments(add, several=None):
+def sampling_arguments(add, several=False):
     """The options that say what is sampled, also for `estimator.py measure`, which takes several values of some."""
     one_of = {"nargs": "+"} if several else {}
     pair_of = {"action": "append"} if several else {}
@@ -209,16 +209,21 @@ def open_checkpoint(name):
         stop(error)
 
 
-def open_estimator(name, ckpt, s):
-    """The noise estimator in a file, if it is one for the model of `ckpt`, with the settings s; and its own settings."""
+def open_estimator(name, ckpt, s, judge=False):
+    """The noise estimator in a file, if it is one for the model of `ckpt`, with the settings s; and its own settings.
+
+    One that only guides may have learned from other data; a judge may not.
+    """
+    command = (f"train one for it with: python estimator.py train --data {s['data']} --interpolant {s['interpolant']} "
+               f"--image-size {s['image_size']} --out {name if not Path(name).exists() else 'FILE'}")
     try:
-        estimator, own = models.load_estimator(name)
+        estimator, own = models.load_estimator(name, command)
     except ValueError as error:
         stop(error)
-    for key, what in (("interpolant", "interpolant"), ("input_size", "image size"), ("in_channels", "channel count")):
+    fixed = [("interpolant", "interpolant"), ("input_size", "image size"), ("in_channels", "channel count")]
+    for key, what in fixed + [("data", "data")] * judge:
         if own.get(key) != s[key]:
-            stop(f"{name} is an estimator for the {what} {own.get(key)}, {ckpt} has {s[key]}; train one for it with: python estimator.py train "
-                 f"--data {s['data']} --interpolant {s['interpolant']} --image-size {s['image_size']} --out FILE")
+            stop(f"{name} is an estimator for the {what} {own.get(key)}, {ckpt} has {s[key]}; {command}")
     return estimator, own
 
 

@@ -267,10 +267,10 @@ def discretized_log_likelihood(x, mean, log_std):
 
 
 def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cfg_interval=(0.0, 1.0), cfg_channels=None,
-           null_class=None, w_classifier=0.0, classifier=None):
+           null_class=None, w_classifier=0.0, classifier=None, guide=None, guide_y=None, guide_scale=1.0, guide_interval=(0.0, 1.0)):
     """The guided network as a function denoise(x, t) -> prediction, for the samplers below.
 
-        D = D(t, y) + (cfg_scale − 1) [D(t, y) − D(t, ∅)] + w_nag [D(t, y) − D(∅, y)]
+        D = D(t, y) + (cfg_scale − 1) [D(t, y) − D(t, ∅)] + w_nag [D(t, y) − D(∅, y)] + (guide_scale − 1) [D(t, y) − D_guide]
 
     A prediction is affine in the score at the nominal level, so this sum of predictions is the same sum of scores:
     velocity and ε need no special case. NAG's other form, by a classifier g of the level, needs no null branch: it adds
@@ -284,12 +284,16 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
     null_class    label of the null class, `model.num_classes` when None
     w_classifier  weight of the classifier's form of NAG, neutral at 0; it acts on nag_interval, too
     classifier    a function (x, t) -> ∇_x log g(t|x), as `NoiseEstimator.gradient`, of the same level as x
+    guide         another network of this path and shape: a weaker one (autoguidance, Karras et al., 2024), or the one
+                  that this was fine-tuned from, without class (domain guidance, Zhong et al., 2025)
+    guide_y       (B,) int64 classes that the guide is asked with, by its own numbers; y when None
+    guide_scale   scale of the guide, neutral at 1
 
     denoise takes x (B, C, H, W) and t, a number or a tensor () or (B,). Where the network learned a variance and the path
     uses it (VP) it returns 2C channels, guided ε and the variance output of D(t, y); otherwise C. All branches of a call
     run as one batch. Raises ValueError for an interval that is not 0 ≤ lo ≤ hi ≤ 1.
     """
-    for name, (lo, hi) in (("nag_interval", nag_interval), ("cfg_interval", cfg_interval)):
+    for name, (lo, hi) in (("nag_interval", nag_interval), ("cfg_interval", cfg_interval), ("guide_interval", guide_interval)):
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"{name} is {lo:g} to {hi:g}; it must be 0 <= lo <= hi <= 1")
 
@@ -329,6 +333,10 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
         if bool((push != 0).any()):
             slope = torch.where(push != 0, push * prediction_per_score(path, t), 0.0)
             result = result + _like(slope, x) * classifier(x, t).to(x)
+        lead = weight(guide_scale - 1, guide_interval, t)
+        if bool((lead != 0).any()):
+            guided_by = guide(x, time, y if guide_y is None else guide_y)[:, :channels]
+            result = result + _like(lead, x) * (cond - guided_by)
         learned = path.prediction == "eps" and variance.shape[1] == channels
         return torch.cat([result, variance], dim=1) if learned else result
 

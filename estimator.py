@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import diffusion
 import models
-from sample import Sampler, guidance_name, open_checkpoint, open_estimator, sampling_arguments, settle
-from train import (PATHS, RANK, WORLD, Arguments, Batches, UnreadableImage, agree, fast_precision, generator, ignore_signals,
+from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, run_folder, sampling_arguments, settle
+from train import (PATHS, RANK, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, fast_precision, generator, ignore_signals,
                    join_ranks, number, one_line_errors, open_data, replacing, stop, to_float)
 
 
@@ -46,6 +46,7 @@ def arguments():
     add = commands.add_parser("train", story="Train a noise estimator on real data.", help="train a noise estimator").add_argument
     add("--data", default="shapes", metavar="DIR", help="folder of images, or shapes (default)")
     add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: 16 for shapes, else 32)")
+    add("--latents", metavar="DIR", help="in latents, those in this folder, which train.py made, in place of --data")
     add("--interpolant", choices=PATHS, default="linear", help="default: linear")
     add("--steps", type=number(int, 1), default=3000, metavar="N", help="default: 3000")
     add("--batch", type=number(int, 1), default=128, metavar="N", help="images per step (default: 128)")
@@ -54,12 +55,13 @@ def arguments():
         help="contrast times e^-J to e^J, brightness +- J/2, so that the level is read off the noise alone (default: 0.4)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="default: 0")
     add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else 4)")
-    add("--out", metavar="FILE", help="default: runs/estimator-<data>-<interpolant>.pt")
+    add("--out", metavar="FILE", help="default: runs/estimator-<data>[-latents]-<interpolant>.pt")
 
     add = commands.add_parser("measure", story="Measure the noise shift of a checkpoint, in every combination of the settings given.",
                               help="measure the noise shift of a checkpoint").add_argument
     sampling_arguments(add, several=True)
-    add("--estimator", metavar="FILE", help="what reads the levels (default: runs/estimator-<data>-<interpolant>.pt)")
+    add("--estimator", metavar="FILE", help="what reads the levels (default: runs/estimator-<data>[-latents]-<interpolant>.pt)")
+    add("--latents", metavar="DIR", help="the real data of a model in latents (default: where it found them)")
     add("--guide-estimator", metavar="FILE", help="another estimator, for --w-nag-classifier to guide by: it should not judge itself")
     add("--num", "--num-samples", type=number(int, 2), default=1024, metavar="N", help="images for each setting (default: 1024)")
     add("--levels", type=number(int, 1, 999), default=19, metavar="N", help="read at N levels, evenly spaced in t (default: 19)")
@@ -68,35 +70,51 @@ def arguments():
     return parser.parse_args()
 
 
-def default_file(data, interpolant):
-    return Path(f"runs/estimator-{Path(data).name}-{interpolant}.pt")
+def default_file(data, interpolant, latent):
+    return Path(f"runs/estimator-{Path(data).name}{'-latents' * latent}-{interpolant}.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real data, of which a part is held out: to judge the estimator, and to compare samples with
 
 
-def split(data, seed):
-    """The data to train on, and the numbers of the held-out images: a tenth of a folder, at most 5000; of shapes no end."""
-    if data.endless:
-        return data, None
-    if len(data) < 2:
-        stop(f"{len(data)} image is too few to hold some out; give --data another folder")
-    order = generator(seed, "held out").permutation(len(data))
-    held = max(1, min(5000, len(data) // 10))
-    part = copy.copy(data)
-    part.files, part.labels = [data.files[i] for i in order[held:]], [data.labels[i] for i in order[held:]]
-    return part, order[:held]
-
-
-def held_out(data, seed, most):
-    """Up to `most` held-out images, uint8 (N, 3, H, W)."""
-    numbers = split(data, seed)[1]
-    numbers = range(data.held_out, data.held_out + most) if numbers is None else numbers[:most]
+def open_source(latents, data, size, seed):
+    """Latents from their folder, where one is named, or else the pixels of `data`."""
+    if not latents:
+        return open_data(data, size, seed)
     try:
-        return torch.from_numpy(data.images(numbers, np.zeros(len(numbers), bool))[0])
+        source = Latents(latents)
+        if source.note["finished"]:
+            return source
+        stop(f"the latents in {latents} are not finished; finish them with: python train.py --data {source.note['data']} --latents {latents}")
+    except ValueError as error:
+        stop(error)
+
+
+def split(source, seed):
+    """The data to train on, and the numbers of the held-out images: a tenth of them, at most 5000; of shapes no end."""
+    if source.endless:
+        return source, None
+    if len(source) < 2:
+        stop(f"{len(source)} image is too few to hold some out; give --data another folder")
+    order = generator(seed, "held out").permutation(len(source))
+    held = max(1, min(5000, len(source) // 10))
+    return source.part(order[held:]), order[:held]
+
+
+def some_of(source, numbers, size, seed):
+    """These images: uint8 (N, 3, size, size), or latents (N, 4, size, size) drawn once."""
+    noise = [generator(seed, "posterior").standard_normal((len(numbers), models.VAE.channels, size, size), np.float32)] if source.latent else []
+    try:
+        return torch.from_numpy(source.images(numbers, np.zeros(len(numbers), bool), *noise)[0])
     except UnreadableImage as error:
         stop(error)
+
+
+def held_out(source, size, seed, most):
+    """Up to `most` held-out images."""
+    numbers = split(source, seed)[1]
+    return some_of(source, range(source.held_out, source.held_out + most) if numbers is None else numbers[:most], size, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,19 +155,24 @@ def train(args):
     device = join_ranks()
     if WORLD > 1:
         stop("an estimator is trained on one device; start it without torchrun")
-    data = os.path.normpath(args.data) if args.data != "shapes" else args.data
-    size = args.image_size or (16 if data == "shapes" else 32)
-    out = Path(args.out) if args.out else default_file(data, args.interpolant)
+    if args.latents and (args.data != "shapes" or args.image_size):
+        stop("--latents are of their own data and size; leave out --data and --image-size")
+    data = os.path.normpath(args.data)
+    image_size = size = args.image_size or (16 if data == "shapes" else 32)
+    source = open_source(args.latents, data, size, args.seed)
+    if source.latent:
+        data, image_size, size = source.note["data"], source.note["image_size"], source.moments.shape[-1]
+    out = Path(args.out) if args.out else default_file(data, args.interpolant, source.latent)
     if out.is_dir():
         stop(f"--out {out} is a folder; give the name of a file")
-    s = {"data": data, "interpolant": args.interpolant, "image_size": size, "input_size": size, "in_channels": 3, "steps": args.steps,
+    s = {"data": data, "interpolant": args.interpolant, "image_size": image_size, "input_size": size,
+         "in_channels": models.VAE.channels if source.latent else 3, "steps": args.steps,
          "batch": args.batch, "lr": args.lr, "jitter": args.jitter, "seed": args.seed, "class_drop": 0.0, "noise_drop": 0.0}
-    source = open_data(data, size, args.seed)
     s["num_classes"], s["images"] = len(source.classes), None if source.endless else len(source)
     path = PATHS[args.interpolant]().to(device)
 
     torch.manual_seed(args.seed)
-    estimator, start, saved = models.NoiseEstimator(size, 3).to(device), 0, {}
+    estimator, start, saved = models.NoiseEstimator(size, s["in_channels"]).to(device), 0, {}
     optimizer = torch.optim.AdamW(estimator.parameters(), lr=args.lr, weight_decay=0)
     if out.exists():                                              # finished, or to be gone on with
         try:
@@ -173,10 +196,7 @@ def train(args):
     training, _ = split(source, args.seed)
     if not start:
         numbers = range(min(2048, len(training) if not training.endless else 2048))
-        try:
-            first = to_float(torch.from_numpy(training.images(numbers, np.zeros(len(numbers), bool))[0]))
-        except UnreadableImage as error:
-            stop(error)
+        first = to_float(some_of(training, numbers, size, args.seed))
         estimator.start_from(jitter(first.to(device), args.jitter, generator(args.seed, "jitter", 0)))
 
     workers = args.workers if args.workers is not None else 0 if training.endless and device.type == "cpu" else min(4, os.cpu_count())
@@ -199,12 +219,12 @@ def train(args):
                 stop(f"cannot write {out}: {error}")
 
     begun = time.perf_counter()
-    print(f"a noise estimator ({sum(p.numel() for p in estimator.parameters()) / 1e3:.0f} k parameters) for {data} {size}×{size} on "
+    print(f"a noise estimator ({sum(p.numel() for p in estimator.parameters()) / 1e3:.0f} k parameters) for {data} {image_size}×{image_size}{' in latents' * source.latent} on "
           f"{args.interpolant}: {s['steps'] - start} steps of {args.batch} images on {device.type}; writes {out}", flush=True)
     fit(estimator, path, batches(), s, optimizer, start, save)
     took = time.perf_counter() - begun
 
-    images = held_out(source, args.seed, 4096)
+    images = held_out(source, size, args.seed, 4096)
     print(f"\nafter {took:.0f} s; on {len(images)} held-out images:\n\n    t      bias   mean abs. error   68 % interval covers   seen")
     for row in calibration(estimator.eval(), path, images, [(2 * i + 1) / 20 for i in range(10)], device):
         print(f"  {row.t:.2f}   {row.bias:+.4f}       {row.error:.4f}             {row.coverage:5.1%}          {in_percent(row.seen)}")
@@ -264,7 +284,7 @@ def combinations(args, ckpt, s):
         stop("--w-nag-classifier needs the estimator to guide by, --guide-estimator FILE; "
              "train one with: python estimator.py train --seed 1 --out FILE")
     as_list = lambda value: value if isinstance(value, list) else [value]
-    names = ("sampler", "steps", "w_nag", "cfg_scale", "w_nag_classifier", "nag_interval", "cfg_interval")
+    names = ("sampler", "steps", "w_nag", "cfg_scale", "w_nag_classifier", "guide_scale", "nag_interval", "cfg_interval", "guide_interval")
     found = {}
     for values in itertools.product(*(as_list(getattr(args, name)) if getattr(args, name) else [getattr(args, name)] for name in names)):
         setting = settle(argparse.Namespace(**{**vars(args), **dict(zip(names, values)), "estimator": args.guide_estimator}), ckpt, s)
@@ -345,17 +365,23 @@ def shifts(path, real, results):
 
 def measure(args):
     device = join_ranks()
-    ckpt, model, s = open_checkpoint(args.ckpt)
-    file = Path(args.estimator) if args.estimator else default_file(s["data"], s["interpolant"])
+    ckpt, model, s = open_checkpoint(args.ckpt, args.model)
+    latent = s["image_size"] != s["input_size"]
+    latents = (args.latents or s.get("latents") or stop(f"{ckpt} is a model in latents; give those of real data with --latents")) if latent else None
+    if latent and s["data"] in ("imagenet", "unknown"):           # a published model, which does not say where its data are
+        s["data"] = open_source(latents, None, None, None).note["data"]
+    file = Path(args.estimator) if args.estimator else default_file(s["data"], s["interpolant"], latent)
     estimator, own = open_estimator(file, ckpt, s, judge=True)
-    images = held_out(open_data(s["data"], s["image_size"], own["seed"]), own["seed"], 4 * args.num) if RANK == 0 else None
-    guide = open_estimator(args.guide_estimator, ckpt, s)[0].to(device) if args.guide_estimator else None
+    source = open_source(latents, s["data"], s["image_size"], own["seed"])
+    images = held_out(source, s["input_size"], own["seed"], 4 * args.num) if RANK == 0 else None
+    classifier = open_estimator(args.guide_estimator, ckpt, s)[0].to(device) if args.guide_estimator else None
+    guide = open_guide(args, s)
+    guide = guide and guide.to(device)
     estimator.to(device), model.to(device)
     args.precision = args.precision or agree(fast_precision(device))
     settings = combinations(args, ckpt, s)
-    samplers = [Sampler(model, s, setting, list(range(s["num_classes"])), device, guide) for setting in settings]
-    run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
-    out = Path(args.out) if args.out else run / "shift"
+    samplers = [Sampler(model, s, setting, list(range(s["num_classes"])), device, classifier, guide) for setting in settings]
+    out = Path(args.out) if args.out else run_folder(ckpt) / "shift"
     if out.exists() and not out.is_dir():
         stop(f"--out {out} is a file; give the name of a folder")
 
@@ -401,7 +427,8 @@ def measure(args):
             "precision": args.precision, "seed": args.seed, "minutes": round((time.perf_counter() - begun) / 60, 2),
             "real_data": [{"t": r.t, "bias": r.bias, "spread": float(r.estimates.std()), "seen": r.seen} for r in real.values()],
             "settings": [{**row, **{key: getattr(setting, key) for key in
-                                    ("sampler", "steps", "w_nag", "nag_interval", "cfg_scale", "cfg_interval", "cfg_channels", "w_nag_classifier")}}
+                                    ("sampler", "steps", "w_nag", "nag_interval", "cfg_scale", "cfg_interval", "cfg_channels", "w_nag_classifier",
+                                     "guide", "guide_scale", "guide_interval")}}
                          for row, setting in zip(table, settings)]}
         target.write(json.dumps(everything, indent=1).encode())
     with replacing(out / "shift.png") as target:

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import models
-from train import (RANK, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, generator, ignore_signals, join_ranks, number, one_line_errors,
-                   read_image, replacing, stop)
+from train import (RANK, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, centre_crop, generator, ignore_signals, join_ranks,
+                   number, one_line_errors, rank_0_first, read_image, replacing, stop)
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -303,8 +303,8 @@ class Source:
 
     num, size, statistics, network = 0, None, {}, None
 
-    def __init__(self, name, num, seed):
-        self.name, self.limit = name, num
+    def __init__(self, name, num, seed, crop=None):
+        self.name, self.limit, self.crop = name, num, crop
         path = Path(name)
         if name == "shapes":
             self.num, self.seed, self.images = num or 10_000, seed, self.drawn
@@ -312,7 +312,7 @@ class Source:
             self.files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in ImageFolder.suffixes)[:num]
             if not self.files:
                 raise ValueError(f"no images in {name} ({', '.join(sorted(ImageFolder.suffixes))}); give another folder")
-            self.num, self.size, self.images = len(self.files), read_image(self.files[0]).size[::-1], self.read
+            self.num, self.size, self.images = len(self.files), (crop, crop) if crop else read_image(self.files[0]).size[::-1], self.read
         elif path.is_file():
             self.open_npz()
         else:
@@ -325,7 +325,7 @@ class Source:
 
     def read(self, batch):
         workers = min(4, os.cpu_count()) if self.num > batch else 0
-        for images in torch.utils.data.DataLoader(FileBatches(self.files, self.size, batch), batch_size=None, num_workers=workers,
+        for images in torch.utils.data.DataLoader(FileBatches(self.files, self.size, batch, self.crop), batch_size=None, num_workers=workers,
                                                   worker_init_fn=ignore_signals):
             if isinstance(images, ValueError):
                 raise images
@@ -406,8 +406,8 @@ def npy_header(archive, member):
 class FileBatches(torch.utils.data.Dataset):
     """Batch i of image files of one size, (n, H, W, 3) uint8; or the ValueError, for the caller to raise."""
 
-    def __init__(self, files, size, batch):
-        self.files, self.size, self.batch = files, size, batch
+    def __init__(self, files, size, batch, crop):
+        self.files, self.size, self.batch, self.crop = files, size, batch, crop
 
     def __len__(self):
         return math.ceil(len(self.files) / self.batch)
@@ -416,12 +416,12 @@ class FileBatches(torch.utils.data.Dataset):
         out = []
         for file in self.files[i * self.batch:(i + 1) * self.batch]:
             try:
-                image = np.asarray(read_image(file))
+                image = centre_crop(read_image(file), self.crop) if self.crop else np.asarray(read_image(file))
             except UnreadableImage as error:
                 return error
             if image.shape[:2] != self.size:
                 return ValueError(f"{file} is {image.shape[1]}×{image.shape[0]}, {self.files[0]} is {self.size[1]}×{self.size[0]}; "
-                                  "all images of a folder must have one size")
+                                  "give --crop N, to compare N×N pixels from the middle of each")
             out.append(image)
         return torch.from_numpy(np.stack(out))
 
@@ -474,6 +474,7 @@ def arguments():
     add("--features", choices=NETWORKS, help="default: random for images smaller than 64×64 and for shapes, else inception")
     add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)} (default: all that the two sides allow)")
     add("--num", "--num-samples", type=number(int, 2), metavar="N", help="compare the first N images of each side (default: all)")
+    add("--crop", type=number(int, 4), metavar="N", help="crop the images in folders to N×N, as train.py does")
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank (default: 64)")
     add("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
     add("--weights", metavar="FILE", help="the Inception weights, if they cannot be downloaded")
@@ -487,17 +488,9 @@ def open_network(name, weights, device):
     """The network in eval mode, with the published weights; ValueError when these cannot be had."""
     network = NETWORKS[name]()
     if name == "inception":
-        if weights:
-            state = models.load_file(weights, "give --weights FILE, or leave it out to download them")
-        else:
-            try:
-                if WORLD > 1 and RANK:
-                    dist.barrier()                                # rank 0 downloads, the others find the file
-                state = torch.hub.load_state_dict_from_url(INCEPTION_URL, "pretrained", map_location="cpu", weights_only=True, progress=RANK == 0)
-            except Exception as error:  # network, disk, damage
-                raise ValueError(f"cannot download the Inception weights from {INCEPTION_URL} ({error}); get them and give --weights FILE") from None
-            if WORLD > 1 and RANK == 0:
-                dist.barrier()
+        with rank_0_first():
+            state = models.load_file(weights, "give --weights FILE, or leave it out to download them") if weights else \
+                models.download(INCEPTION_URL, "give --weights FILE")
         models.load_weights(network, state, weights or INCEPTION_URL)
     return network.eval().requires_grad_(False).to(device)
 
@@ -580,7 +573,7 @@ def main():
     if args.save_stats and not args.save_stats.endswith(".npz"):
         stop(f"--save-stats {args.save_stats} must end in .npz")
     try:
-        samples, reference = Source(args.samples, args.num, args.seed + 1), Source(args.reference, args.num, args.seed)
+        samples, reference = (Source(name, args.num, seed, args.crop) for name, seed in ((args.samples, args.seed + 1), (args.reference, args.seed)))
         samples.size, reference.size = samples.size or reference.size or (16, 16), reference.size or samples.size or (16, 16)
         sides = (samples, reference)
         kept = {side.network for side in sides if side.statistics}

@@ -16,6 +16,7 @@ Every name and shape is that of the published checkpoints, which therefore load 
     out = model(x, t, y, drop_noise=torch.ones(len(x), dtype=torch.bool))
 """
 import argparse
+import hashlib
 import math
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,155 @@ MODELS = {f"{family}-{size}/{patch}": partial(DiT, patch_size=patch, hidden_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder of Stable Diffusion (Rombach et al., 2022): 8×8 pixels become one latent pixel of 4 channels
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+
+
+class PixelAttention(nn.Module):
+    """Every latent pixel looks at every other, with one head."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)                          # (B, H W, C)
+        out = F.scaled_dot_product_attention(*(to(pixels)[:, None] for to in (self.to_q, self.to_k, self.to_v)))
+        return x + self.to_out[0](out[:, 0]).transpose(1, 2).reshape(x.shape)
+
+
+class Halve(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                        # to the right and below only
+
+
+class Double(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution, then, between two stages, the way to the next."""
+
+    def __init__(self, in_channels, out_channels, depth, downsample=False, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(out_channels if i else in_channels, out_channels) for i in range(depth))
+        self.downsamplers = nn.ModuleList([Halve(out_channels)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Double(out_channels)] if upsample else [])
+
+    def forward(self, x):
+        for part in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = part(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(channels)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels) for _ in range(2))
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, widths=(128, 256, 512, 512)):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(Stage(widths[max(i - 1, 0)], width, 2, downsample=i < 3) for i, width in enumerate(widths))
+        self.mid_block = MidBlock(widths[-1])
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * VAE.channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, widths=(512, 512, 256, 128)):
+        super().__init__()
+        self.conv_in = nn.Conv2d(VAE.channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList(Stage(widths[max(i - 1, 0)], width, 3, upsample=i < 3) for i, width in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid_block(self.conv_in(x))
+        for stage in self.up_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The Stable Diffusion AutoencoderKL; parameter names are those of the published file. It is used here, never trained.
+
+    Latents are scaled by 0.18215, so that they have about unit variance. Works through a batch in chunks of as many images
+    as have `pixels` pixels (8 of 256×256, about 3 GB in fp32).
+    """
+
+    factor, channels, scale, pixels = 8, 4, 0.18215, 2**19
+    encode_flops, decode_flops = 4.2e6, 9.5e6                      # per pixel, at 256×256
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(), Decoder()
+        self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
+        self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1)
+
+    def in_chunks(self, network, x, pixels):
+        count = max(1, self.pixels // pixels)
+        return torch.cat([network(part.contiguous(memory_format=torch.channels_last)).float() for part in x.split(count)])
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Mean and standard deviation of the latents' posterior, (B, 4, H / 8, W / 8) each, of images (B, 3, H, W) in [−1, 1].
+
+        Raises ValueError unless 8 divides H and W.
+        """
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"the VAE halves images three times, and {height}×{width} cannot be: give a multiple of {self.factor}")
+        moments = self.in_chunks(lambda part: self.quant_conv(self.encoder(part)), images, height * width)
+        mean, log_var = moments.chunk(2, dim=1)
+        return self.scale * mean, self.scale * (log_var.clamp(-30, 20) / 2).exp()
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Images (B, 3, 8 H, 8 W), about in [−1, 1], of latents (B, 4, H, W)."""
+        pixels = self.factor**2 * latents.shape[2] * latents.shape[3]
+        return self.in_chunks(lambda part: self.decoder(self.post_quant_conv(part)), latents / self.scale, pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The noise estimator g_φ(t|x)
 
 
@@ -372,23 +522,119 @@ def load_weights(model, state_dict, source):
     model.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=any(p.is_meta for p in model.parameters()))
 
 
-def from_checkpoint(path, weights="ema"):
-    """A model in eval mode and the settings it was trained with, from a checkpoint of train.py.
+DIT, SIT = "https://dl.fbaipublicfiles.com/DiT/models/", "https://www.dl.dropboxusercontent.com/scl/fi/"
+PUBLISHED = {                                                     # name: model, where its weights are
+    "DiT-XL/2": ("DiT-XL/2", DIT + "DiT-XL-2-256x256.pt"),
+    "DiT-XL/2-512": ("DiT-XL/2", DIT + "DiT-XL-2-512x512.pt"),
+    "SiT-XL/2": ("SiT-XL/2", SIT + "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
+}
+VAE_URL = "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.bin"
 
-    Raises ValueError when the file is damaged, of another kind, or does not fit the model that its settings name.
+
+def download(url, instead, name=None):
+    """The state dict at `url`, kept in pretrained/ (as `name`) for the next time. Raises ValueError that says how to give a local file `instead`."""
+    try:
+        return torch.hub.load_state_dict_from_url(url, "pretrained", map_location="cpu", weights_only=True, file_name=name)
+    except Exception as error:  # no network, no space, a damaged file
+        raise ValueError(f"cannot download {url} ({error}); get the file by other means, and {instead}") from None
+
+
+def load_vae(path=None):
+    """The VAE in eval mode, from a file of its published weights (None: downloaded), in either naming of the attention."""
+    state = load_file(path, "give --vae the file of the weights, or leave it out to download them") if path else \
+        download(VAE_URL, "give --vae FILE", "sd-vae-ft-ema.bin")
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        state = {key.replace(f".attentions.0.{old}.", f".attentions.0.{new}."): value for key, value in state.items()}
+    with torch.device("meta"):
+        vae = VAE()
+    load_weights(vae, state, path or VAE_URL)
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def fingerprint(model):
+    """Sixteen hexadecimal digits that stand for the weights, however their file names them."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def from_checkpoint(source, name=None):
+    """A model in eval mode, with the averaged weights, and the settings it was trained with.
+
+    source  a checkpoint of train.py, of the training code of DiT, SiT or fast-DiT, a bare state dict of these, or a name in PUBLISHED
+    name    of the model, such as SiT-XL/2: for a file that does not say it, since DiT and SiT have the same tensors
+    Weights of SiT are turned into our convention, a null noise embedding that is lacking becomes the mean of the levels'.
+    Raises ValueError when the file is damaged, of another kind, or does not fit its model.
     """
-    checkpoint = load_file(path)
-    settings = checkpoint.get("settings")
-    if not isinstance(settings, dict) or not isinstance(checkpoint.get(weights), dict):
-        raise ValueError(f"{path} is no checkpoint of train.py: it lacks 'settings' or '{weights}'; give another file")
+    if source in PUBLISHED:
+        own, url = PUBLISHED[source]
+        if name and name != own:
+            raise ValueError(f"{source} is not a {name}; leave out --model")
+        state, settings = foreign(download(url, f"give it, with --model {own}, in place of {source}"), own, source)
+        settings["data"] = "imagenet"
+    else:
+        checkpoint = load_file(source)
+        settings = checkpoint.get("settings")
+        if isinstance(settings, dict):
+            state = checkpoint.get("ema")
+            if not isinstance(state, dict):
+                raise ValueError(f"{source} is no checkpoint of train.py: it lacks 'ema'; give another file")
+            if name and name != settings.get("model"):
+                raise ValueError(f"{source} holds a {settings.get('model')}, not a {name}; leave out --model")
+        else:
+            state, settings = foreign(checkpoint, name, source)
     try:
         with torch.device("meta"):                                # no time and memory for weights that are replaced
             model = MODELS[settings["model"]](**{k: settings[k] for k in
                                                  ("input_size", "in_channels", "num_classes", "learn_sigma")})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has settings that name no model of ours ({error}); give another file") from None
-    load_weights(model, checkpoint[weights], path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} has settings that name no model of ours ({error}); give another file") from None
+    load_weights(model, state, source)
     return model.eval().requires_grad_(False), settings
+
+
+def foreign(checkpoint, name, source):
+    """State dict and settings, both in our convention, of a checkpoint that others' code wrote; sizes are told by the shapes."""
+    state = next((checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), dict)), checkpoint)
+    args = checkpoint.get("args")
+    if isinstance(args, argparse.Namespace):                      # of the training code of DiT, SiT and fast-DiT
+        said = getattr(args, "model", None)
+        if name and said and name != said:
+            raise ValueError(f"{source} holds a {said}, not a {name}; leave out --model")
+        name = name or said
+        for key, ours in (("path_type", "Linear"), ("prediction", "velocity")):
+            if getattr(args, key, ours) != ours:
+                raise ValueError(f"{source} was trained with --{key.replace('_', '-')} {getattr(args, key)}; of SiT's, only {ours} is known here")
+    if name not in MODELS:
+        raise ValueError(f"{source} does not say which model it holds, and DiT and SiT have the same tensors; "
+                         f"give --model, DiT-XL/2 or SiT-XL/2 for example")
+    try:
+        state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        settings = {
+            "model": name, "interpolant": "linear" if name.startswith("SiT") else "vp", "in_channels": channels,
+            "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch,
+            "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,      # the last row is no class
+            "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2,
+            "class_drop": 0.1, "data": str(getattr(args, "data_path", None) or "unknown"),
+        }
+        settings["image_size"] = settings["input_size"] * (VAE.factor if channels == VAE.channels else 1)
+        settings["classes"] = [str(i) for i in range(settings["num_classes"])]
+        trained_here = "t_embedder.null_embedding" in state       # weights of train.py, taken out of their checkpoint
+        settings["noise_drop"] = 0.1 if trained_here else 0.0
+        if not trained_here:
+            if name.startswith("SiT"):
+                state = convert_sit(state)
+            embedder = TimestepEmbedder(width)
+            embedder.mlp.load_state_dict({key.removeprefix("t_embedder.mlp."): value.float() for key, value in state.items()
+                                          if key.startswith("t_embedder.mlp.")})
+            levels = (torch.arange(1000) + 0.5) / 1000 if name.startswith("SiT") else torch.arange(1000.0)
+            with torch.no_grad():
+                state["t_embedder.null_embedding"] = embedder(levels).mean(0)
+    except (AttributeError, KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{source} is no checkpoint of a DiT or SiT ({' '.join(str(error).split())[:100]}); give another file") from None
+    return state, settings
 
 
 def load_estimator(path, otherwise="train one with: python estimator.py train"):

@@ -2,6 +2,7 @@
 
     python sample.py --w-nag 3                                  # newest checkpoint: a grid, beside the same without NAG
     python sample.py --ckpt runs/shapes-SiT-Ti-2 --w-nag 2 --cfg-scale 1.5 --nag-interval 0 0.6
+    python sample.py --ckpt DiT-XL/2 --cfg-scale 4              # published weights, downloaded; or a file of them
     torchrun --nproc-per-node 8 sample.py --num-samples 50000 --w-nag 3 --out samples.npz
 
 Sample i takes its class, its start and its noise from a generator of (seed, i): the batch size, the number of ranks and
@@ -10,7 +11,6 @@ uint8 and arr_1 (N,) labels, as ADM's evaluator reads it. That is written to dis
 same command finds what an interrupted one had finished.
 """
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import diffusion
 import models
 from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoints, fast_precision, join_ranks, number,
-                   one_line_errors, picture, replacing, stop, to_uint8)
+                   one_line_errors, picture, rank_0_first, replacing, stop, to_uint8, write_at)
 
 GRID = 64                                                         # up to so many images become a picture
 
@@ -33,7 +33,9 @@ def sampling_arguments(add, several=False):
     """The options that say what is sampled, also for `estimator.py measure`, which takes several values of some."""
     one_of = {"nargs": "+"} if several else {}
     pair_of = {"action": "append"} if several else {}
-    add("--ckpt", metavar="PATH", help="checkpoint, or folder of a run (default: the newest below runs)")
+    add("--ckpt", metavar="PATH", help=f"checkpoint, folder of a run, or the published {', '.join(models.PUBLISHED)} (default: the newest below runs)")
+    add("--model", choices=models.MODELS, metavar="NAME", help="for a checkpoint of DiT's or SiT's own code that does not say what it holds")
+    add("--vae", metavar="FILE", help="weights of Stable Diffusion's VAE (default: those the model was trained with, or downloaded)")
     add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0, which is neutral)", **one_of)
     add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG (default: 1, which is neutral)", **one_of)
     add("--w-nag-classifier", type=number(float), metavar="W",
@@ -43,8 +45,14 @@ def sampling_arguments(add, several=False):
     add("--cfg-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), help="levels t at which CFG acts (default: 0 1)", **pair_of)
     add("--cfg-channels", type=number(int, 1), metavar="N",
         help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
+    add("--guide", metavar="PATH", help="checkpoint of another model to be guided by: a weaker one, or the one that this was tuned from")
+    add("--guide-scale", type=number(float), default=1.0, metavar="S", help="scale of the guide (default: 1, which is neutral)", **one_of)
+    add("--guide-unconditional", action="store_true", help="ask the guide without class (domain guidance)")
+    add("--guide-interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), help="levels t at which the guide acts (default: 0 1)", **pair_of)
+    add("--guide-model", choices=models.MODELS, metavar="NAME", help="as --model, for the guide")
     add("--sampler", choices=("ddpm", "sde", "ode"), help="default: ddpm on VP, sde on linear", **one_of)
     add("--steps", type=number(int, 1), metavar="N", help="default: 100 on shapes, else 250; ode 50", **one_of)
+    add("--balanced", action="store_true", help="take the classes in turn, so that all come equally often (default: at random)")
     add("--seed", type=number(int, 0), default=0, help="sample i is a function of it and i (default: 0)")
     add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
 
@@ -91,6 +99,9 @@ def guidance_name(args):
     if args.cfg_scale != 1:
         channels = f" of {args.cfg_channels} channels" if args.cfg_channels else ""
         parts.append(f"CFG {args.cfg_scale:g} on {args.cfg_interval[0]:g}-{args.cfg_interval[1]:g}{channels}")
+    if args.guide_scale != 1:
+        alone = " without class" if args.guide_unconditional else ""
+        parts.append(f"guide {args.guide_scale:g}{alone} on {args.guide_interval[0]:g}-{args.guide_interval[1]:g}")
     return ", ".join(parts)
 
 
@@ -100,8 +111,9 @@ class Sampler:
     `watch`, if given, is called with every state (n, C, H, W) and level () at which the network is asked.
     """
 
-    def __init__(self, model, settings, args, labels, device, estimator=None):
+    def __init__(self, model, settings, args, labels, device, estimator=None, guide=None, vae=None):
         self.model, self.settings, self.args, self.labels, self.device = model, settings, args, labels, device
+        self.guide, self.vae = guide, vae
         self.classifier = estimator and estimator.gradient
         self.path = PATHS[settings["interpolant"]]()
         self.sample = {"ddpm": diffusion.sample_ddpm, "sde": diffusion.sample_sde, "ode": diffusion.sample_ode}[args.sampler]
@@ -111,11 +123,17 @@ class Sampler:
         args, s = self.args, self.settings
         noise = SampleNoise(args.seed, indices)
         labels = noise.classes(self.labels)
+        if args.balanced:
+            labels = torch.tensor([self.labels[i % len(self.labels)] for i in indices])
+        y = labels.to(self.device)
         start = noise(torch.empty(len(indices), s["in_channels"], s["input_size"], s["input_size"], device=self.device))
         terms = dict(w_nag=args.w_nag, cfg_scale=args.cfg_scale, nag_interval=args.nag_interval,
                      cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels,
-                     w_classifier=args.w_nag_classifier, classifier=self.classifier) if guidance else {}
-        denoise = diffusion.guided(self.model, self.path, labels.to(self.device), **terms)
+                     w_classifier=args.w_nag_classifier, classifier=self.classifier, guide=self.guide, guide_scale=args.guide_scale,
+                     guide_interval=args.guide_interval) if guidance else {}
+        if guidance and args.guide_unconditional:
+            terms["guide_y"] = torch.full_like(y, self.guide.num_classes)
+        denoise = diffusion.guided(self.model, self.path, y, **terms)
 
         def watched(x, t):
             bar.update(len(x))
@@ -126,7 +144,7 @@ class Sampler:
         options = {} if args.sampler == "ode" else {"randn": noise}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             x0 = self.sample(watched, start, self.path, steps=args.steps, **options)
-        return to_uint8(x0).cpu(), labels
+        return (to_uint8(self.vae.decode(x0) if self.vae else x0)).cpu(), labels
 
     def bar(self, total):
         """Progress in images, counted by the network's evaluations."""
@@ -185,7 +203,7 @@ def write_npz(sampler, out, settings):
             images, labels = sampler(batch, bar)
             for file, at, rows in ((images_file, images_at, images.permute(0, 2, 3, 1).contiguous()), (labels_file, labels_at, labels)):
                 for index, row in zip(batch, rows.numpy()):
-                    os.pwrite(file.fileno(), row.tobytes(), at + int(index) * row.nbytes)
+                    write_at(file, row, at + int(index) * row.nbytes)
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
@@ -196,15 +214,60 @@ def write_npz(sampler, out, settings):
         shutil.rmtree(work)
 
 
-def open_checkpoint(name):
+def open_checkpoint(name, model=None):
     """The checkpoint that --ckpt names (None: the newest), its model and its settings."""
-    ckpt = Path(name) if name else agree(newest_checkpoint() if RANK == 0 else None)
-    if ckpt.is_dir():
+    ckpt = name if name in models.PUBLISHED else Path(name) if name else agree(newest_checkpoint() if RANK == 0 else None)
+    if ckpt == name:
+        pass
+    elif ckpt.is_dir():
         if not checkpoints(ckpt):
             stop(f"no checkpoints in {ckpt}/checkpoints; train some with: python train.py --out {ckpt}")
         ckpt = agree(checkpoints(ckpt)[-1])
     try:
-        return ckpt, *models.from_checkpoint(ckpt)
+        with rank_0_first():
+            return ckpt, *models.from_checkpoint(ckpt, model)
+    except ValueError as error:
+        stop(error)
+
+
+def run_folder(ckpt):
+    """Where what is made of a checkpoint goes."""
+    if ckpt in models.PUBLISHED:
+        return Path("runs", ckpt.replace("/", "-"))
+    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+
+
+def open_guide(args, s):
+    """The model of --guide, which must be like that of the settings s; None where no guide acts."""
+    if np.all(np.equal(args.guide_scale, 1)):
+        if args.guide:
+            stop("a guide is there to be guided by; give a --guide-scale, or leave --guide out")
+        return None
+    if not args.guide:
+        stop("--guide-scale needs a guide; give its checkpoint with --guide")
+    name, guide, own = open_checkpoint(args.guide, args.guide_model)
+    for key, what in (("interpolant", "interpolant"), ("input_size", "input size"), ("in_channels", "channel count")):
+        if own[key] != s[key]:
+            stop(f"the guide {name} has the {what} {own[key]}, the model has {s[key]}; give a guide like the model")
+    if args.guide_unconditional and not own["class_drop"]:
+        stop(f"--guide-unconditional needs a guide trained with class dropout, {name} was not; leave it out")
+    if not args.guide_unconditional and own["num_classes"] != s["num_classes"]:
+        stop(f"the guide {name} knows {own['num_classes']} classes, the model {s['num_classes']}; give --guide-unconditional")
+    return guide
+
+
+def open_vae(args, s):
+    """The VAE of a model in latents, from --vae, the file it was trained with, or the published weights; None for pixels."""
+    if s["image_size"] == s["input_size"]:
+        if args.vae:
+            stop("the model draws pixels, and needs no VAE; leave --vae out")
+        return None
+    file = args.vae or s.get("vae")
+    try:
+        if file and not args.vae and not Path(file).exists():
+            raise ValueError(f"the VAE that the model was trained with, {file}, is not there; give --vae FILE")
+        with rank_0_first():
+            return models.load_vae(file)
     except ValueError as error:
         stop(error)
 
@@ -214,8 +277,10 @@ def open_estimator(name, ckpt, s, judge=False):
 
     One that only guides may have learned from other data; a judge may not.
     """
-    command = (f"train one for it with: python estimator.py train --data {s['data']} --interpolant {s['interpolant']} "
-               f"--image-size {s['image_size']} --out {name if not Path(name).exists() else 'FILE'}")
+    pixels = s["image_size"] == s["input_size"]
+    of = f"--data {s['data']} --image-size {s['image_size']}" if pixels else f"--latents {s.get('latents', 'DIR')}"
+    command = (f"train one for it with: python estimator.py train {of} --interpolant {s['interpolant']} "
+               f"--out {name if not Path(name).exists() else 'FILE'}")
     try:
         estimator, own = models.load_estimator(name, command)
     except ValueError as error:
@@ -233,8 +298,8 @@ def settle(args, ckpt, s):
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if shapes else 250)
     args.nag_interval = args.nag_interval or ((0.1, 0.6) if shapes else (0.0, 1.0))
-    args.cfg_interval = args.cfg_interval or (0.0, 1.0)
-    for name, (lo, hi) in (("--nag-interval", args.nag_interval), ("--cfg-interval", args.cfg_interval)):
+    args.cfg_interval, args.guide_interval = args.cfg_interval or (0.0, 1.0), args.guide_interval or (0.0, 1.0)
+    for name, (lo, hi) in (("--nag-interval", args.nag_interval), ("--cfg-interval", args.cfg_interval), ("--guide-interval", args.guide_interval)):
         if lo > hi:
             stop(f"{name} {lo:g} {hi:g} is empty; give the lower level first")
     if args.sampler == "ddpm" and s["interpolant"] != "vp":
@@ -242,7 +307,9 @@ def settle(args, ckpt, s):
     if args.sampler == "ddpm" and not 2 <= args.steps <= 1000:
         stop(f"--sampler ddpm takes --steps 2 to 1000, not {args.steps}")
     if args.w_nag and not s["noise_drop"]:
-        stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not: python train.py --noise-drop 0.1 --out DIR")
+        data = "" if s["data"] == "shapes" else " --data DIR"
+        stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not; train it on with some: "
+             f"python train.py --init {ckpt}{f' --model {args.model}' if args.model else ''}{data} --noise-drop 0.1 --out DIR")
     if args.estimator and args.w_nag_classifier is None:
         stop("an estimator is there to guide by, with --w-nag-classifier W; give a weight, or leave the estimator out")
     args.w_nag_classifier = args.w_nag_classifier or 0.0
@@ -257,32 +324,36 @@ def settle(args, ckpt, s):
 
 def main():
     args, device = arguments(), join_ranks()
-    ckpt, model, s = open_checkpoint(args.ckpt)
+    ckpt, model, s = open_checkpoint(args.ckpt, args.model)
     settle(args, ckpt, s)
+    guide, vae = open_guide(args, s), open_vae(args, s)
+    guide, vae = guide and guide.to(device), vae and vae.to(device)
     estimator = open_estimator(args.estimator, ckpt, s)[0].to(device) if args.w_nag_classifier else None
     labels, title = class_numbers(args.classes, s["classes"]), guidance_name(args)
 
-    run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
     kind = ".png" if args.num <= GRID else ".npz"
     chosen = ["of", *(s["classes"][label] for label in labels)] if args.classes else []
     if len(chosen) > 5:                                           # file names have an end
         chosen = [f"of-{len(labels)}-classes-{zlib.crc32(str(labels).encode()):08x}"]
     by = [Path(args.estimator).stem] if args.w_nag_classifier else []
-    name = "-".join([ckpt.stem, args.sampler, str(args.steps), *title.replace(",", "").split(), *by, *chosen, f"seed-{args.seed}", f"n-{args.num}"])
-    out = Path(args.out) if args.out else run / "samples" / (name + kind)
+    by += [str(args.guide).replace("/", "-")] if guide else []
+    by += ["balanced"] if args.balanced else []
+    name = "-".join([Path(ckpt).stem, args.sampler, str(args.steps), *title.replace(",", "").split(), *by, *chosen, f"seed-{args.seed}", f"n-{args.num}"])
+    out = Path(args.out) if args.out else run_folder(ckpt) / "samples" / (name + kind)
     if out.suffix not in (".png", ".npz"):
         stop(f"--out {out} must end in .png or .npz")
 
     begun = out.with_name(out.name + ".partial") / "settings.json"
     args.precision = args.precision or agree(json.loads(begun.read_text())["precision"] if begun.exists() else fast_precision(device))
-    sampler = Sampler(model.to(device), s, args, labels, device, estimator)
+    sampler = Sampler(model.to(device), s, args, labels, device, estimator, guide, vae)
     if RANK == 0:
         print(f"{ckpt}: {args.num} images in {args.steps} steps of {args.sampler}, {title or 'no guidance'}, {args.precision}")
     if out.suffix == ".png":
         write_grid(sampler, out, title)
     else:
-        stamp = lambda file: [str(file), Path(file).stat().st_mtime_ns] if file else None
+        stamp = lambda file: [str(file), Path(file).stat().st_mtime_ns if Path(file).exists() else None] if file else None
         write_npz(sampler, out, {**vars(args), "ckpt": stamp(ckpt), "estimator": stamp(args.w_nag_classifier and args.estimator),
+                                 "guide": stamp(args.guide), "vae": stamp(vae and (args.vae or s.get("vae"))),
                                  "batch": None, "out": None, "labels": labels})
     if RANK == 0:
         print(out)

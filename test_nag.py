@@ -2,12 +2,14 @@
 
     python -m pytest -q test_nag.py
 """
+import argparse
 import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +95,141 @@ def test_weights_that_do_not_fit_are_named():
     del state["x_embedder.proj.bias"]
     with pytest.raises(ValueError, match=r"x_embedder.proj.bias is missing, expected \(32,\); y_embedder.*\(11, 32\), expected \(5, 32\)"):
         models.load_weights(tiny(), state, "file")
+
+
+def vae_with(state=None, **weights):
+    """A VAE with random weights, small in number where `weights` sets all of a kind (by the end of their names)."""
+    torch.manual_seed(0)
+    vae = models.VAE().eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        for end, value in weights.items():
+            if name.endswith(end.replace("__", ".")):
+                parameter.fill_(value)
+    return vae
+
+
+def test_vae_in_chunks_is_the_vae_of_each_image_and_its_deviation_is_clamped():
+    vae = vae_with()
+    images = torch.rand(3, 3, 16, 24) * 2 - 1
+    mean, std = vae.encode(images)
+    assert mean.shape == std.shape == (3, 4, 2, 3)
+    vae.pixels = 1                                                # one image at a time
+    alone = [torch.cat(parts) for parts in zip(*(vae.encode(image[None]) for image in images))]
+    torch.testing.assert_close(torch.stack(alone), torch.stack(vae.encode(images)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack([mean, std]), torch.stack(alone), rtol=1e-4, atol=1e-5)
+    vae.quant_conv.bias[4:] = 1e4
+    assert torch.equal(vae.encode(images)[1], torch.full((3, 4, 2, 3), 0.18215) * torch.tensor(10.0).exp())
+    with pytest.raises(ValueError, match="20×16"):
+        vae.encode(torch.zeros(1, 3, 20, 16))
+
+
+def test_vae_decoder_is_its_straight_path_where_its_branches_are_silent():
+    """With the residual branches at zero, what is left is conv_in, three times (nearest doubling, convolution), norm, conv_out."""
+    vae = vae_with(conv2__weight=0, conv2__bias=0, to_out__0__weight=0, to_out__0__bias=0)
+    z, W = torch.randn(2, 4, 3, 2), vae.state_dict()
+    F = torch.nn.functional
+    layer = lambda name, x, pad: F.conv2d(x, W[f"{name}.weight"], W[f"{name}.bias"], padding=pad)
+    x = layer("decoder.conv_in", layer("post_quant_conv", z / 0.18215, 0), 1)
+    for i in range(4):
+        for j in range(3):
+            name = f"decoder.up_blocks.{i}.resnets.{j}.conv_shortcut"
+            x = layer(name, x, 0) if f"{name}.weight" in W else x
+        if i < 3:
+            x = layer(f"decoder.up_blocks.{i}.upsamplers.0.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3), 1)
+    groups = x.reshape(2, 32, -1)
+    x = ((groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
+    x = layer("decoder.conv_out", x * x.sigmoid(), 1)             # norms are fresh: gain 1, bias 0
+    torch.testing.assert_close(vae.decode(z), x, rtol=1e-4, atol=1e-5)
+    assert vae.decode(z).shape == (2, 3, 24, 16)
+
+
+def old_names(state):
+    """The attention's names in the file that was published first."""
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        state = {key.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): value for key, value in state.items()}
+    return state
+
+
+def test_vae_loads_from_both_namings(tmp_path):
+    state = vae_with().state_dict()
+    torch.save(state, tmp_path / "new.bin")
+    torch.save(old_names(state), tmp_path / "old.bin")
+    assert any(".query." in key for key in old_names(state)) and not any(".query." in key for key in state)
+    a, b = (models.load_vae(tmp_path / name) for name in ("new.bin", "old.bin"))
+    assert_same(a.state_dict(), b.state_dict())
+    assert models.fingerprint(a) == models.fingerprint(b) != models.fingerprint(vae_with(norm1__bias=1))
+
+
+def hollow(name, **shape):
+    """A state dict of the model as it was published, without null embedding. Each tensor is one number, repeated: XL in a few kB."""
+    with torch.device("meta"):
+        model = models.MODELS[name](**shape)
+    return {key: torch.full((), 0.01 + i / 1e4).expand(value.shape) for i, (key, value) in enumerate(model.state_dict().items())
+            if "null" not in key}
+
+
+@pytest.mark.parametrize("name", ["DiT-XL/2", "SiT-XL/2"])
+def test_published_weights_of_full_size_load_under_their_name(name, monkeypatch):
+    state, asked = hollow(name, input_size=32), []
+    def download(url, *args, **options):
+        asked.append(url)
+        return state
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    model, settings = models.from_checkpoint(name)
+    assert asked == [models.PUBLISHED[name][1]] and settings["noise_drop"] == 0 and settings["num_classes"] == 1000
+    assert (settings["interpolant"], settings["image_size"]) == ("vp" if name[0] == "D" else "linear", 256)
+    same = {key for key, value in state.items() if torch.equal(model.state_dict()[key], value)}
+    turned = {"t_embedder.mlp.0.weight", "final_layer.linear.weight", "final_layer.linear.bias"}
+    assert state.keys() - same == (turned if name == "SiT-XL/2" else set())
+
+
+@by_name
+def test_a_lacking_null_embedding_is_the_mean_over_the_levels(path, tmp_path):
+    name = "SiT-Ti/2" if path.prediction == "velocity" else "DiT-Ti/2"
+    network = models.MODELS[name](input_size=8, in_channels=3, num_classes=4)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    state = {key: value for key, value in network.state_dict().items() if "null" not in key}
+    torch.save(state, tmp_path / "bare.pt")
+    model, settings = models.from_checkpoint(tmp_path / "bare.pt", name)
+    assert settings["num_classes"] == 4 and settings["input_size"] == settings["image_size"] == 8
+    t = torch.linspace(0, 1, 4001)[1:].clamp(max=1) if name[0] == "S" else (torch.arange(1000) + 1) / 1000
+    mean = model.t_embedder(path.network_time(t)).mean(0)
+    torch.testing.assert_close(model.t_embedder.null_embedding, mean, rtol=1e-2, atol=1e-3)
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
+    t = torch.tensor([0.3, 0.8])
+    if name[0] == "S":                                            # published SiT counts time the other way, with the other sign
+        torch.testing.assert_close(model(x, t, y), -network(x, 1 - t, y), rtol=1e-3, atol=1e-4)
+    else:
+        torch.testing.assert_close(model(x, t, y), network(x, t, y))
+    torch.save(network.state_dict(), tmp_path / "ours.pt")        # with a null embedding the weights are of train.py: left as they are
+    ours, settings = models.from_checkpoint(tmp_path / "ours.pt", name)
+    assert_same(ours.state_dict(), network.state_dict())
+    assert settings["noise_drop"] > 0
+
+
+def test_checkpoints_of_others_training_code_load_by_their_arguments(tmp_path):
+    """DiT, SiT and fast-DiT save {"model", "ema", "opt", "args": Namespace}; wrappers leave a prefix."""
+    Namespace, state = argparse.Namespace, hollow("SiT-S/4", input_size=32)
+    doubled = {f"module._orig_mod.{key}": 2 * value for key, value in state.items()}
+    save = lambda name, **parts: torch.save({"model": state, "ema": doubled, "opt": {}, **parts}, tmp_path / name)
+    save("sit.pt", args=Namespace(model="SiT-S/4", data_path="/data/food", path_type="Linear", prediction="velocity"))
+    model, settings = models.from_checkpoint(tmp_path / "sit.pt")
+    assert settings["model"] == "SiT-S/4" and settings["data"] == "/data/food" and settings["class_drop"]
+    assert torch.equal(model.x_embedder.proj.bias, 2 * state["x_embedder.proj.bias"])
+    save("dit.pt", args=Namespace(model="DiT-S/4"))
+    assert models.from_checkpoint(tmp_path / "dit.pt")[1]["interpolant"] == "vp"
+    for name, args, asked, word in (("gvp.pt", Namespace(model="SiT-S/4", path_type="GVP"), None, "--path-type GVP"),
+                                    ("sit.pt", None, "DiT-S/4", "holds a SiT-S/4, not a DiT-S/4"), ("bare.pt", Namespace(), None, "give --model"),
+                                    ("bare.pt", Namespace(), "DiT-S/2", r"linear.weight is \(128, 384\), expected \(32, 384\)"),
+                                    ("bare.pt", Namespace(), "DiT-B/4", r"\(384,\), expected \(768,\)")):
+        if args:
+            save(name, args=args)
+        with pytest.raises(ValueError, match=word):
+            models.from_checkpoint(tmp_path / name, asked)
+    torch.save({"pos_embed": torch.zeros(3)}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="no checkpoint of a DiT or SiT"):
+        models.from_checkpoint(tmp_path / "none.pt", "DiT-S/2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,6 +536,27 @@ def test_guidance_is_its_sum_and_one_call(path):
     torch.testing.assert_close(denoise(x, levels)[1:], denoise(x, 0.4)[1:], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="nag_interval"):
         diffusion.guided(model, path, y, nag_interval=(0.6, 0.3))
+
+
+@by_name
+def test_a_guide_adds_its_difference_inside_its_interval(path):
+    """Autoguidance asks the guide with the class, domain guidance with the guide's own null label; NAG and CFG beside it."""
+    model, weak, y = tiny(), tiny(num_classes=9, depth=1), torch.tensor([0, 3])
+    x, k = torch.randn(2, 3, 8, 8), path.network_time(0.3).float().expand(2)
+    options = dict(w_nag=1.0, cfg_scale=1.5)
+    plain = diffusion.guided(model, path, y, **options)(x, 0.3)
+    cond = model(x, k, y)[:, :3]
+    for labels in (None, torch.tensor([9, 9])):
+        guide = weak(x, k, y if labels is None else labels)[:, :3]
+        got = diffusion.guided(model, path, y, guide=weak, guide_y=labels, guide_scale=1.8, guide_interval=(0.2, 0.4), **options)(x, 0.3)
+        torch.testing.assert_close(got[:, :3], plain[:, :3] + 0.8 * (cond - guide), rtol=1e-5, atol=1e-5)
+        assert torch.equal(got[:, 3:], plain[:, 3:])
+    def never(*args):
+        raise AssertionError("the guide was asked where it does not act")
+    for terms in (dict(guide_scale=1.0), dict(guide_scale=1.8, guide_interval=(0.4, 0.6))):
+        assert torch.equal(diffusion.guided(model, path, y, guide=never, **terms, **options)(x, 0.3), plain)
+    with pytest.raises(ValueError, match="guide_interval"):
+        diffusion.guided(model, path, y, guide_interval=(0.6, 0.3))
 
 
 @by_name
@@ -788,6 +946,234 @@ def test_a_grid_shows_the_same_seeds_with_and_without_guidance(runs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Published weights, latents, fine-tuning
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """A folder with photos of all kinds, a VAE of random weights, and a DiT-S/2 of random weights as if published."""
+    folder = tmp_path_factory.mktemp("studio")
+    kinds = [("RGB", "png", (80, 100)), ("L", "png", (64, 64)), ("P", "png", (130, 70)), ("RGBA", "png", (90, 90)),
+             ("RGB", "jpg", (200, 150)), ("CMYK", "jpg", (100, 80)), ("L", "jpg", (70, 66)), ("RGB", "jpg", (66, 90))]
+    for i, (mode, suffix, size) in enumerate(kinds * 3):
+        file = folder / f"photos/{'cdb'[i // 8]}/{i}.{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = Image.fromarray(train.Shapes(96).images([i])[0][0].transpose(1, 2, 0)).resize(size).convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i % 8 == 7 else 1                     # the last kind is to be turned
+        pixels.save(file, exif=exif)
+    torch.save({key: value.half() for key, value in old_names(vae_with().state_dict()).items()}, folder / "vae.bin")
+    torch.manual_seed(1)
+    model = models.MODELS["DiT-S/2"](input_size=8, in_channels=4, num_classes=1000)
+    for p in model.parameters():
+        if not p.abs().max():
+            torch.nn.init.normal_(p, std=0.02)
+    torch.save({key: value for key, value in model.state_dict().items() if "null" not in key}, folder / "published.pt")
+    return folder
+
+
+LATENT = "--data photos --image-size 64 --vae vae.bin --precision fp32 --batch 4 --workers 1".split()
+
+
+def cache(folder):
+    return [np.load(folder / name) for name in ("moments.npy", "labels.npy")]
+
+
+def test_latents_are_the_posteriors_of_both_flips_whoever_encodes_them_and_however_often(studio):
+    """One rank, killed in the middle, and the same command again; two ranks; and the VAE, asked image by image."""
+    command = [*LATENT, "--model", "SiT-S/2", "--steps", 1, "--ckpt-every", 9]
+    run = subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, command), "--latents", "killed", "--out", "runs/killed"], cwd=studio,
+                           env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    labels = studio / "killed/labels.npy"
+    while run.poll() is None and not (labels.exists() and labels.stat().st_size == 128 + 24 * 8 and (np.load(labels)[:16] >= 0).all()):
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    half = cache(studio / "killed")
+    assert (half[1][:16] >= 0).all() and (half[1][16:] == -1).all() and not json.loads((studio / "killed/latents.json").read_text())["finished"]
+    half[0][0] += 1                                               # finished work is kept as it is
+    np.save(studio / "killed/moments.npy", half[0])
+    refused = script("train.py", "--latents", "killed", "--out", "runs/none", cwd=studio)
+    assert refused.returncode == 2 and "no finished latents in killed" in refused.stderr
+    done = script("train.py", *command, "--latents", "killed", "--out", "runs/killed", cwd=studio)
+    assert done.returncode == 0 and "0.00 GB" in done.stdout, done.stderr
+    done = script("train.py", *command, "--latents", "shared", "--out", "runs/shared", cwd=studio, ranks=2)
+    assert done.returncode == 0, done.stderr
+    (moments, found), (mended, _) = cache(studio / "shared"), cache(studio / "killed")
+    assert np.array_equal(mended[1:], moments[1:]) and np.array_equal(mended[0], moments[0] + 1)
+    assert found.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and moments.shape == (24, 2, 8, 8, 8)
+    data, vae = train.ImageFolder(studio / "photos", 64), models.load_vae(studio / "vae.bin")
+    for flip in (0, 1):
+        image = train.to_float(torch.from_numpy(data.images([7, 18], [flip, flip])[0]))
+        alone = torch.cat(vae.encode(image), 1)
+        torch.testing.assert_close(torch.from_numpy(moments[[7, 18], flip]).float(), alone, rtol=2e-3, atol=1e-4)
+    assert abs(moments[:, 0] - moments[:, 1]).max() > 0.01
+
+
+def test_training_draws_from_the_posteriors(studio):
+    """Mean + deviation × noise of the global batch, of the flip that was drawn; images left out are never asked for."""
+    folder, rng = studio / "posteriors", np.random.default_rng(0)
+    moments, labels = abs(rng.normal(size=(6, 2, 8, 4, 4))).astype(np.float16), np.array([0, 1, -2, 1, 0, 1])
+    write_latents(folder, moments, labels)
+    data = train.Latents(folder)
+    s = dict(seed=0, batch=5, interpolant="linear", class_drop=0.0, noise_drop=0.0, in_channels=4, input_size=4, num_classes=2)
+    batches = train.Batches(data, s)
+    x0, y, t, eps, _ = batches[3]
+    numbers = data.index[batches.indices(3)]
+    assert sorted(numbers) == [0, 1, 3, 4, 5] and y.tolist() == labels[numbers].tolist()
+    stream = train.generator(0, "batch", 3)
+    flip, *_ = (stream.random(5) for _ in range(4))
+    drawn, noise = (stream.standard_normal((5, 4, 4, 4), np.float32) for _ in range(2))
+    assert torch.equal(eps, torch.from_numpy(drawn))
+    chosen = moments[numbers, (flip < 0.5).astype(int)].astype(np.float32)
+    np.testing.assert_allclose(x0.numpy(), chosen[:, :4] + chosen[:, 4:] * noise, rtol=1e-6, atol=1e-6)
+    part = data.part([4, 0])
+    assert part.labels.tolist() == [1, 0] and len(part) == 2 and part.index.tolist() == [5, 0]
+
+
+def write_latents(folder, moments, labels, **changes):
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "moments.npy", moments), np.save(folder / "labels.npy", labels)
+    note = {"data": "photos", "image_size": 8 * moments.shape[-1], "images": len(labels), "names": "n", "classes": ["a", "b"], "vae": None,
+            "weights": "w", "finished": True}
+    (folder / "latents.json").write_text(json.dumps({**note, **changes}))
+
+
+def test_an_unreadable_image_keeps_what_is_done_and_may_be_skipped(studio):
+    shutil.copytree(studio / "photos", studio / "torn")
+    (studio / "torn/d/12.jpg").write_bytes((studio / "torn/d/12.jpg").read_bytes()[:300])
+    command = [*LATENT, "--data", "torn", "--model", "SiT-S/2", "--steps", 1, "--ckpt-every", 9, "--latents", "torn-latents", "--out", "runs/torn"]
+    done = script("train.py", *command, cwd=studio)
+    assert done.returncode == 2 and "torn/d/12.jpg" in done.stderr.splitlines()[-1] and "--skip-bad" in done.stderr
+    assert "Traceback" not in done.stderr and not (studio / "runs/torn").exists()
+    assert np.flatnonzero(cache(studio / "torn-latents")[1] == -1).tolist() == [18]      # 8 of b, 8 of c, and d/10, d/11
+    done = script("train.py", *command, "--skip-bad", cwd=studio)
+    assert done.returncode == 0 and "1 unreadable images are left out" in done.stdout, done.stderr
+    assert (studio / "torn-latents/skipped.txt").read_text() == "torn/d/12.jpg\n"
+    assert np.flatnonzero(cache(studio / "torn-latents")[1] < 0).tolist() == [18]
+    assert state(studio / "runs/torn", 1)["settings"]["images"] == 23
+
+
+def refused(capsys, monkeypatch, folder, name, *args):
+    """Run a script's main() here, in its folder; the last line of its error, of exit status 2."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as status:
+        train.one_line_errors({"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}[name].main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status.value.code == 2 and line.startswith(name)
+    return line
+
+
+def test_the_whole_chain_from_photos_and_published_weights_to_the_metrics(studio, capsys, monkeypatch):
+    """Encode, fine-tune the "published" DiT-S/2 for NAG, sample with NAG + CFG + domain guidance, decode, evaluate; measure the shift."""
+    def ok(name, *args):
+        done = script(name, *args, cwd=studio)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    out = ok("train.py", *LATENT, "--init", "published.pt", "--model", "DiT-S/2", "--steps", 2, "--latents", "chain", "--out", "runs/chain")
+    assert "the label table starts anew" in out
+    tuned, before = state(studio / "runs/chain", 2), models.load_file(studio / "published.pt")
+    assert tuned["settings"]["init"] == "published.pt" and tuned["settings"]["classes"] == ["b", "c", "d"] and tuned["settings"]["lr"] == 1e-4
+    assert tuned["model"]["y_embedder.embedding_table.weight"].shape == (4, 384)
+    moved = max((tuned["model"][key] - value).abs().max().item() for key, value in before.items() if "y_embedder" not in key)
+    assert 0 < moved < 5e-4                                       # two steps of AdamW at 1e-4, from the published weights
+    guide = ["--guide", "published.pt", "--guide-model", "DiT-S/2", "--guide-scale", 1.5, "--guide-unconditional"]
+    for name, more in (("plain", []), ("guided", ["--w-nag", 2, "--cfg-scale", 1.5, *guide])):
+        ok("sample.py", "--ckpt", "runs/chain", "--num", 8, "--steps", 3, "--balanced", "--precision", "fp32", *more, "--out", f"{name}.npz")
+    with np.load(studio / "plain.npz") as plain, np.load(studio / "guided.npz") as guided:
+        assert guided["arr_0"].shape == (8, 64, 64, 3) and guided["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+        assert abs(plain["arr_0"].astype(int) - guided["arr_0"]).max() > 3
+    assert "FD-random" in ok("fid.py", "guided.npz", "photos", "--crop", 64, "--features", "random")
+    again = ok("train.py", "--latents", "chain", "--init", "runs/chain", "--steps", 1, "--batch", 4, "--precision", "fp32", "--out", "runs/again")
+    assert "anew" not in again                                    # the same classes; the data are those of the latents
+    ok("estimator.py", "train", "--latents", "chain", "--interpolant", "vp", "--steps", 3, "--batch", 4)
+    ok("estimator.py", "measure", "--ckpt", "runs/chain", "--num", 4, "--steps", 4, "--levels", 2, "--w-nag", 0, 1, "--precision", "fp32")
+    assert (studio / "runs/chain/shift/shift.json").exists()
+    (studio / "others").mkdir()
+    Image.new("RGB", (8, 8)).save(studio / "others/1.png")
+    for args, word in ((["sample.py", "--ckpt", "published.pt"], "give --model"),
+                       (["sample.py", "--ckpt", "published.pt", "--model", "DiT-S/2", "--w-nag", 3], "--init published.pt --model DiT-S/2 --data DIR"),
+                       (["sample.py", "--ckpt", "runs/chain", *guide[:-1]], "give --guide-unconditional"),
+                       (["sample.py", "--ckpt", "runs/chain", "--guide", "published.pt"], "--guide-scale"),
+                       (["sample.py", "--ckpt", "runs/chain", "--guide-scale", 2], "--guide"),
+                       (["sample.py", "--ckpt", "runs/chain", "--vae", "published.pt"], "published.pt does not fit"),
+                       (["sample.py", "--ckpt", "runs/chain", "--model", "DiT-B/2"], "holds a DiT-S/2, not a DiT-B/2"),
+                       (["train.py", *LATENT, "--image-size", 128, "--init", "published.pt", "--model", "DiT-S/2", "--out", "x"], "--image-size 64"),
+                       (["train.py", *LATENT, "--image-size", 60, "--out", "x"], "not a multiple of 8"),
+                       (["train.py", "--latents", "chain", "--data", "others", "--out", "x"], "other images, of photos"),
+                       (["train.py", "--latents", "chain", "--image-size", 32, "--out", "x"], "latents of 64×64"),
+                       (["train.py", "--latents", "nowhere", "--out", "x"], "no finished latents in nowhere"),
+                       (["train.py", "--vae", "vae.bin", "--out", "x"], "shapes are trained in pixels"),
+                       (["train.py", "--init", "runs/one", "--out", "runs/chain", "--latents", "chain"], "started with --init published.pt")):
+        assert word in refused(capsys, monkeypatch, studio, *args), args
+    assert not (studio / "x").exists()
+
+
+def test_fine_tuning_keeps_what_it_should(runs, capsys, monkeypatch):
+    """--train-only null changes the null embedding alone; other classes get a new label table; the same command goes on."""
+    checkpoint = state(runs / "runs/one", 20)
+    checkpoint["settings"]["classes"] = [f"other {name}" for name in checkpoint["settings"]["classes"]]
+    torch.save(checkpoint, runs / "others.pt")
+    common = ["--batch", 8, "--precision", "fp32", "--workers", 0, "--ckpt-every", 3]
+    for steps in (3, 6):
+        done = script("train.py", *common, "--init", "runs/one", "--train-only", "null", "--steps", steps, "--out", "runs/null", cwd=runs)
+        assert done.returncode == 0, done.stderr
+    before, after = checkpoint["ema"], state(runs / "runs/null", 6)
+    changed = [key for key in before if not torch.equal(before[key], after["model"][key])]
+    assert changed == ["t_embedder.null_embedding"] and after["settings"]["noise_drop"] == 1
+    assert len(after["opt"]["state"]) == 1
+    done = script("train.py", *common, "--init", "others.pt", "--steps", 1, "--out", "runs/others", cwd=runs)
+    assert done.returncode == 0 and "the label table starts anew" in done.stdout, done.stderr
+    for args, word in (([], "give one with --init"), (["--noise-drop", 0.1, "--init", "runs/one"], "leave out --noise-drop")):
+        assert word in refused(capsys, monkeypatch, runs, "train.py", *common, *args, "--train-only", "null", "--out", "x")
+
+
+@slow
+def test_the_loader_gives_twenty_thousand_latents_a_second_and_its_memory_stays(tmp_path):
+    """A sparse cache of 20 GB, 610,000 images: one thread reads in random order, and a run stays under 2 GB beside its model."""
+    N = 610_000
+    folder = tmp_path / "big"
+    write_latents(folder, np.zeros((1, 2, 8, 32, 32), np.float16), np.zeros(N, np.int64), images=N)
+    np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (N, 2, 8, 32, 32))
+    assert (folder / "moments.npy").stat().st_size > 19.9e9
+    code = f"""
+import sys, threading, time; sys.path.insert(0, {str(HERE)!r})
+import numpy as np, torch, train
+torch.set_num_threads(1)
+data, rng = train.Latents("big"), np.random.default_rng(0)
+noise = rng.standard_normal((256, 4, 32, 32), np.float32)
+near = rng.integers(0, 20_000, (80, 256))                         # 640 MB, which stay in the page cache
+for rows in near:
+    data.moments[rows, 0].sum()
+start = time.perf_counter()
+for rows in near:
+    torch.from_numpy(data.moments[data.index[rows], 0]).float()
+reading, start = 80 * 256 / (time.perf_counter() - start), time.perf_counter()
+for rows in near:
+    data.images(rows, np.zeros(256), noise)
+print('rate', reading, 80 * 256 / (time.perf_counter() - start))
+peak = []
+def watch():
+    while True:
+        lines = dict(line.split(':') for line in open('/proc/self/status').read().splitlines())
+        peak.append(sum(int(lines[name].split()[0]) for name in ('RssAnon', 'RssShmem')) // 1024)
+        time.sleep(0.05)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv = ['train.py', '--latents', 'big', '--model', 'SiT-S/8', '--steps', '30', '--batch', '128']
+train.main()
+print('peak', max(peak))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    print(done.stdout)
+    reading, drawing = map(float, re.search(r"rate (\S+) (\S+)", done.stdout).groups())
+    model = 16 * 33                                               # weights, average and two moments, in MB
+    assert reading > 20_000 and int(re.search(r"peak (\d+)", done.stdout)[1]) < 2000 + model, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # estimator.py: what it makes of readings
 
 
@@ -814,7 +1200,8 @@ def test_states_are_read_where_the_sampler_keeps_them(name, path):
     """A reader that returns the state itself sees the walk that the sampler's own rule makes, written out here for the ODE."""
     settings = dict(interpolant=path, in_channels=1, input_size=2, image_size=2, num_classes=1)
     args = SimpleNamespace(sampler=name, steps=12, seed=0, precision="fp32", w_nag=0.0, cfg_scale=1.0, nag_interval=(0, 1), cfg_interval=(0, 1),
-                           cfg_channels=None, w_nag_classifier=0.0)
+                           cfg_channels=None, w_nag_classifier=0.0, guide_scale=1.0, guide_interval=(0, 1), guide_unconditional=False,
+                           balanced=False)
     def model(x, t, y, drop_noise=None):
         return x * (1 + t.view(-1, 1, 1, 1) / 1000)
     sampler = sample.Sampler(model, settings, args, [0], torch.device("cpu"))
@@ -896,7 +1283,7 @@ def test_a_tenth_of_a_folder_is_held_out(photos):
     data = train.ImageFolder(photos, 16)
     part, numbers = estimator.split(data, seed=3)
     assert len(part) == 5 and len(numbers) == 1 and {data.files[numbers[0]], *part.files} == set(data.files)
-    assert estimator.held_out(data, 3, 10).shape == (1, 3, 16, 16)
+    assert estimator.held_out(data, 16, 3, 10).shape == (1, 3, 16, 16)
     assert all(data.labels[data.files.index(file)] == label for file, label in zip(part.files, part.labels))
 
 
@@ -932,7 +1319,7 @@ ERRORS = [  # script, arguments, what the line must name
     ("sample.py", "--ckpt runs/plain --w-nag 3", "--noise-drop"),
     ("sample.py", "--what", "--what"),
     ("sample.py", "--ckpt runs/one --w-nag-classifier 1", "--estimator"),
-    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator nowhere.pt", "nowhere.pt; train one for it with: python estimator.py train --data shapes --interpolant linear --image-size 8"),
+    ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator nowhere.pt", "nowhere.pt; train one for it with: python estimator.py train --data shapes --image-size 8 --interpolant linear"),
     ("sample.py", "--ckpt runs/one --estimator good.pt", "--w-nag-classifier"),
     ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator runs/one/checkpoints/0000020.pt", "0000020.pt is no noise estimator"),
     ("sample.py", "--ckpt runs/one --w-nag-classifier 1 --estimator vp.pt", "interpolant vp"),
@@ -990,14 +1377,7 @@ def test_a_users_error_is_one_line_and_status_2(runs, name, args, word, capsys, 
                                                     ("grey", "linear", 8, 1, "shapes"), ("photos", "linear", 8, 3, "photos")):
         torch.save({"estimator": models.NoiseEstimator(size, channels).state_dict(), "step": 9,
                     "settings": dict(interpolant=interpolant, input_size=size, in_channels=channels, data=data, image_size=size, seed=0)}, runs / f"{file}.pt")
-    monkeypatch.setattr(sys, "argv", [name, *args.split()])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(SystemExit) as status:
-        train.one_line_errors({"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}[name].main)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert status.value.code == 2 and error.startswith(name) and word in error
+    assert word in refused(capsys, monkeypatch, runs, name, *args.split())
     assert not (runs / "new/checkpoints").exists()
 
 

@@ -3,6 +3,9 @@
     python train.py                                             # drawn shapes, a small SiT, minutes on two CPU cores
     python train.py --data photos --image-size 64               # a folder of images, its sub-folders being the classes
     torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --noise-drop 0.1
+    torchrun --nproc-per-node 8 train.py --data imagenet --image-size 256 --init DiT-XL/2 --epochs 10     # published weights
+
+Images of 256×256 and more are encoded once, by the VAE of Stable Diffusion, and training reads their latents.
 
 Everything random about step s is a function of (seed, s), for the whole batch: which images, their flips, levels and noise,
 and both dropouts. A rank takes its slice of it. So a run that was stopped repeats, bit for bit, what it would have done,
@@ -16,10 +19,13 @@ import copy
 import ctypes
 import datetime
 import functools
+import hashlib
 import importlib.util
 import json
 import math
+import mmap
 import os
+import shutil
 import signal
 import sys
 import time
@@ -105,8 +111,8 @@ class Shapes:
     The outline is where a signed distance is zero (negative inside); the distance, in pixels, also antialiases it.
     """
 
+    endless, latent = True, False
     classes = ["bar", "circle", "cross", "moon", "ring", "square", "star", "triangle"]
-    endless = True
     held_out = 2**40                                              # from this index on, for what training should not have seen
 
     def __init__(self, image_size, seed=0):
@@ -161,7 +167,7 @@ class Shapes:
 class ImageFolder:
     """The images below a folder; its sorted sub-folders are the classes (without sub-folders, there is one class)."""
 
-    endless = False
+    endless, latent = False, False
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
     def __init__(self, folder, image_size):
@@ -184,6 +190,17 @@ class ImageFolder:
     def __len__(self):
         return len(self.files)
 
+    def fingerprint(self, folder):
+        """Sixteen hexadecimal digits that stand for the names of the files, below the folder that was opened."""
+        names = "\0".join(name.removeprefix(f"{Path(folder)}/") for name in self.files)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def part(self, numbers):
+        """The same with only these images."""
+        part = copy.copy(self)
+        part.files, part.labels = [self.files[i] for i in numbers], [self.labels[i] for i in numbers]
+        return part
+
     def images(self, indices, flip):
         out = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
         for row, index, mirrored in zip(out, indices, flip):
@@ -193,7 +210,7 @@ class ImageFolder:
 
 
 def open_data(name, image_size, seed):
-    """The data set that --data names."""
+    """The data set that --data names, in pixels."""
     return Shapes(image_size, seed) if name == "shapes" else ImageFolder(name, image_size)
 
 
@@ -243,11 +260,14 @@ class Batches(torch.utils.data.Dataset):
         flip = rng.random(B) < 0.5
         t = rng.random(B) if s["interpolant"] == "linear" else (1 + rng.integers(0, diffusion.VP.steps, B)) / diffusion.VP.steps
         drop_class, drop_noise = rng.random(B) < s["class_drop"], rng.random(B) < s["noise_drop"]
-        eps = rng.standard_normal((B, s["in_channels"], s["input_size"], s["input_size"]), np.float32)
+        shape = B, s["in_channels"], s["input_size"], s["input_size"]
+        eps = rng.standard_normal(shape, np.float32)
+        noise = rng.standard_normal(shape, np.float32) if self.data.latent else None
 
         mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
         try:
-            images, y = self.data.images(self.indices(step)[mine], flip[mine])
+            drawn = [noise[mine]] if self.data.latent else []
+            images, y = self.data.images(self.indices(step)[mine], flip[mine], *drawn)
         except UnreadableImage as error:
             return error                                          # for main() to tell: raised in a worker process it would bring a traceback
         y = np.where(drop_class[mine], s["num_classes"], y)
@@ -262,8 +282,8 @@ def ignore_signals(worker):
 
 
 def to_float(images):
-    """uint8 pixels as floats in [−1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 pixels as floats in [−1, 1]; latents, which are floats, as they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def to_uint8(images):
@@ -374,6 +394,16 @@ def agree(value):
     return box[0]
 
 
+@contextlib.contextmanager
+def rank_0_first():
+    """The other ranks do what stands below when rank 0 has done it, and then find what it downloaded."""
+    if RANK and WORLD > 1:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -438,6 +468,224 @@ def in_words(seconds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Latents: what the VAE makes of a folder of images, encoded once, and mapped into memory
+
+
+TO_DO, UNREADABLE = -1, -2                                        # in the place of a label
+
+
+class Latents:
+    """The posteriors of encoded images, in a folder that `encode` made; x_0 is drawn from them anew whenever it is asked for.
+
+    moments.npy   (N, 2, 8, h, h) float16: as it is and flipped; mean and standard deviation of 4 channels, scaled
+    labels.npy    (N,) int64, TO_DO or UNREADABLE where there is no posterior
+    latents.json  of which images and by which weights, and whether it is finished
+    """
+
+    endless, latent = False, True
+
+    def __init__(self, folder):
+        self.folder, self.note = Path(folder), read_note(folder)
+        labels, size = open_array(self.folder / "labels.npy")[:], self.note["image_size"] // models.VAE.factor
+        expected = (self.note["images"], 2, 2 * models.VAE.channels, size, size)
+        if self.moments.shape != expected or self.moments.dtype != np.float16 or labels.shape != expected[:1]:
+            raise ValueError(f"{folder}/moments.npy is {self.moments.dtype} {self.moments.shape}, latents.json says float16 {expected}; encode again")
+        self.index = np.flatnonzero(labels != UNREADABLE)         # 8 bytes an image, and 8 for its label: all that is in memory
+        self.labels, self.classes = labels[self.index], self.note["classes"]
+        if not len(self.index) or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise ValueError(f"{folder}/labels.npy has labels outside 0 to {len(self.classes) - 1}; encode again")
+
+    @functools.cached_property
+    def moments(self):
+        array = open_array(self.folder / "moments.npy")
+        array._mmap.madvise(mmap.MADV_RANDOM)                     # no reading ahead: the next image is somewhere else
+        return array
+
+    def __getstate__(self):                                       # for worker processes: they map the file themselves
+        return {name: value for name, value in self.__dict__.items() if name != "moments"}
+
+    def __len__(self):
+        return len(self.index)
+
+    def part(self, numbers):
+        """The same with only these images."""
+        part = copy.copy(self)
+        part.index, part.labels = self.index[numbers], self.labels[numbers]
+        return part
+
+    def images(self, indices, flip, noise):
+        """x_0 (n, 4, h, h) float32 of the posteriors, where noise (n, 4, h, h) is standard normal, and labels (n,)."""
+        indices = np.asarray(indices)
+        mean, std = torch.from_numpy(self.moments[self.index[indices], np.asarray(flip, np.int64)]).float().chunk(2, dim=1)
+        return torch.addcmul(mean, std, torch.from_numpy(noise)).numpy(), self.labels[indices]
+
+
+def open_array(path):
+    """An .npy file, mapped into memory to read; raises ValueError where it is none."""
+    try:
+        return np.lib.format.open_memmap(path, "r")
+    except (ValueError, EOFError, OverflowError) as error:
+        raise ValueError(f"{path} is no readable .npy ({' '.join(str(error).split())[:80]}); encode again") from None
+
+
+def read_note(folder):
+    """What latents.json says, None where there is none; raises ValueError where it is damaged."""
+    path, kinds = Path(folder) / "latents.json", {"data": str, "image_size": int, "images": int, "names": str, "weights": str, "finished": bool}
+    if not path.exists():
+        return None
+    try:
+        note = json.loads(path.read_text())
+        valid = all(type(note[key]) is kind for key, kind in kinds.items()) and note["images"] > 0 < note["image_size"]
+        valid = valid and all(type(name) is str for name in note["classes"]) and type(note["vae"]) in (str, type(None))
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{path} is damaged; remove {folder}, and encode again")
+    return note
+
+
+def write_at(file, array, offset):
+    """Write an array's bytes at a place of an open file."""
+    left = memoryview(np.ascontiguousarray(array)).cast("B")
+    try:
+        while left:
+            written = os.pwrite(file.fileno(), left, offset)
+            left, offset = left[written:], offset + written
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
+class Crops(torch.utils.data.Dataset):
+    """The images of one chunk, (n, 3, size, size) uint8, and {number in the chunk: UnreadableImage}, whose place is left black."""
+
+    chunk = 16                                                    # so many at a time, always the same ones: whoever encodes them gets the same
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, chunk):
+        numbers, images, bad = range(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.source))), [], {}
+        for i, number in enumerate(numbers):
+            try:
+                images.append(self.source.images([number], [False])[0][0])
+            except UnreadableImage as error:
+                bad[i] = error
+                images.append(np.zeros((3, self.source.image_size, self.source.image_size), np.uint8))
+        return torch.from_numpy(np.stack(images)), bad
+
+
+def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
+    """Encode the images of the ImageFolder `source` into `folder`, going on where that was begun; all ranks share the work.
+
+    A chunk's labels are written when its moments are on the disk, and the description is marked as finished when all are. An unreadable
+    image ends it, after the others of its chunk; with skip_bad it is left out, and listed in skipped.txt.
+    """
+    folder, N, side = Path(folder), len(source), source.image_size // models.VAE.factor
+    note = {"data": data, "image_size": source.image_size, "images": N, "names": source.fingerprint(data), "classes": source.classes,
+            "vae": vae_name, "weights": models.fingerprint(vae), "finished": False}
+    files = {"moments.npy": (np.float16, (N, 2, 2 * models.VAE.channels, side, side)), "labels.npy": (np.int64, (N,))}
+    if RANK == 0:
+        try:
+            there = read_note(folder)
+        except ValueError as error:
+            stop(error)
+        for key, what in (("image_size", "images of size {}"), ("names", "other images, of {}"), ("weights", "latents of another VAE, {}")):
+            if there and there[key] != note[key]:
+                stop(f"{folder} holds {what.format(there[{'names': 'data', 'weights': 'vae'}.get(key, key)])}; give another --latents")
+        needed = N * (2 * 2 * models.VAE.channels * side * side * 2 + 8)
+        if not there:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, (dtype, shape) in files.items():            # sparse files: they take their space as they are filled
+                np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
+            with open(folder / "labels.npy", "r+b") as file:
+                write_at(file, np.full(N, TO_DO), open_array(folder / "labels.npy").offset)
+        taken = sum((folder / name).stat().st_blocks * 512 for name in files)
+        free = shutil.disk_usage(folder).free
+        print(f"encoding {N} images of {data} at {source.image_size}×{source.image_size}, and flipped, into {folder}: "
+              f"{needed / 1e9:.2f} GB, of which {taken / 1e9:.2f} are written", flush=True)
+        if needed - taken > free:
+            stop(f"{folder} needs {(needed - taken) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free; give --latents on another disk")
+        with replacing(folder / "latents.json") as file:
+            file.write(json.dumps(note, indent=1).encode())
+    agree(None)                                                   # all wait for the files
+    try:
+        labels = open_array(folder / "labels.npy")
+        chunks = np.arange(math.ceil(N / Crops.chunk))
+        todo = chunks[np.logical_or.reduceat(labels == TO_DO, chunks * Crops.chunk)]
+        offsets = [open_array(folder / name).offset for name in files]
+    except ValueError as error:
+        stop(error)
+    mine = agree(todo)[RANK::WORLD]
+    loader = torch.utils.data.DataLoader(Crops(source), batch_size=None, sampler=mine.tolist(), num_workers=workers,
+                                         worker_init_fn=ignore_signals)
+    vae.to(device)
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True        # float16 is to hold the result
+    with open(folder / "moments.npy", "r+b") as moments_file, open(folder / "labels.npy", "r+b") as labels_file, tqdm(
+            total=sum(min(Crops.chunk, N - chunk * Crops.chunk) for chunk in mine), unit="image", disable=RANK != 0, dynamic_ncols=True,
+            desc=f"encoding, rank 0 of {WORLD}" if WORLD > 1 else "encoding") as bar:
+        for chunk, (images, bad) in zip(mine, loader):
+            images, first = to_float(images.to(device)), int(chunk) * Crops.chunk
+            moments = torch.stack([torch.cat(vae.encode(flipped), 1) for flipped in (images, images.flip(3))], 1).half().cpu().numpy()
+            found = np.array(source.labels[first:first + len(images)], np.int64)
+            for i in bad:
+                found[i] = UNREADABLE if skip_bad else TO_DO
+            write_at(moments_file, moments, offsets[0] + first * moments[0].nbytes)
+            os.fdatasync(moments_file.fileno())                   # before it is said to be there
+            write_at(labels_file, found, offsets[1] + first * 8)
+            if bad and not skip_bad:
+                bar.close()
+                stop(f"{str(bad[min(bad)]).removesuffix('; mend or remove it')}; mend it, or give --skip-bad to go on without such images; "
+                     "what is encoded is kept", everywhere=True)
+            bar.update(len(images))
+    torch.backends.cudnn.allow_tf32 = tf32
+    if WORLD > 1:
+        dist.barrier()
+    if RANK == 0:
+        skipped = [source.files[i] for i in np.flatnonzero(open_array(folder / "labels.npy")[:] == UNREADABLE)]
+        if len(skipped) == N:
+            stop(f"none of the {N} images of {data} can be read; see {source.files[0]}")
+        if skipped:
+            print(f"{len(skipped)} unreadable images are left out, listed in {folder}/skipped.txt: {', '.join(skipped[:3])}{', …' if skipped[3:] else ''}")
+            with replacing(folder / "skipped.txt") as file:
+                file.writelines(f"{name}\n".encode(errors="surrogateescape") for name in skipped)
+        for name in files:
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+        with replacing(folder / "latents.json") as file:
+            file.write(json.dumps({**note, "finished": True}, indent=1).encode())
+    agree(None)
+
+
+def open_latents(s, given, device):
+    """The latents in s["latents"], encoded first where they are not complete; fills in data, image size and VAE where they tell them."""
+    folder = s["latents"]
+    try:
+        note = agree(read_note(folder) if RANK == 0 else None)
+        if note and note["finished"]:
+            if "image_size" in given and given["image_size"] != note["image_size"]:
+                stop(f"{folder} holds latents of {note['image_size']}×{note['image_size']} images, not {given['image_size']}; give another --latents")
+            if "data" in given and ImageFolder(given["data"], note["image_size"]).fingerprint(given["data"]) != note["names"]:
+                stop(f"{folder} holds latents of other images, of {note['data']}; give another --latents, or leave out --data")
+            if given.get("vae", note["vae"]) != note["vae"] and models.fingerprint(models.load_vae(given["vae"])) != note["weights"]:
+                stop(f"{folder} holds latents of another VAE, {note['vae']}; give another --latents, or leave out --vae")
+        else:
+            if s["data"] == "shapes":
+                stop(f"no finished latents in {folder}; give the --data to encode")
+            if s["image_size"] % models.VAE.factor:
+                stop(f"--image-size {s['image_size']} is not a multiple of {models.VAE.factor}, as the VAE needs; give one that is")
+            with rank_0_first():
+                vae = models.load_vae(s.get("vae"))
+            workers = s["workers"] if "workers" in s else min(4, os.cpu_count())
+            encode(ImageFolder(s["data"], s["image_size"]), s["data"], folder, vae, s.get("vae"), device, s.get("skip_bad", False), workers)
+        latents = Latents(folder)
+    except ValueError as error:
+        stop(error)
+    s |= {"data": latents.note["data"], "image_size": latents.note["image_size"], "vae": s.get("vae", latents.note["vae"]),
+          "encoding": f"{latents.note['names']}-{latents.note['weights']}-{len(latents)}"}
+    return latents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -450,14 +698,20 @@ def arguments():
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--model", choices=models.MODELS, metavar="NAME", help="DiT-* or SiT-*, Ti S B L XL, /2 /4 /8 (default: SiT-Ti/2)")
     add("--data", metavar="DIR", help="folder of images, or shapes (default)")
-    add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: 16 for Ti on shapes, else 32)")
+    add("--image-size", type=number(int, 4), metavar="N",
+        help="height and width; from 256 on in latents (default: of --init or --latents, 256 in latents, 16 for Ti on shapes, else 32)")
+    add("--latents", metavar="DIR", help="train in latents, kept there; encodes --data first (default: runs/latents-<data>-<size>)")
+    add("--vae", metavar="FILE", help="weights of Stable Diffusion's VAE, if they cannot be downloaded")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
+    add("--init", metavar="CKPT", help=f"start from weights: a checkpoint, or the published {', '.join(models.PUBLISHED)}")
+    add("--train-only", choices=("null",), help="null: only the null noise embedding, the rest stays as --init has it")
     add("--interpolant", choices=PATHS, help="default: vp for DiT, linear for SiT")
     add("--noise-drop", type=number(float, 0, 1), metavar="P", help="how often the level is hidden, for NAG (default: 0.1)")
     add("--class-drop", type=number(float, 0, 1), metavar="P", help="how often the class is hidden, for CFG (default: 0.1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), default=argparse.SUPPRESS, metavar="N",
                         help=f"default: {DEFAULTS['Ti']['steps']} for Ti, else {DEFAULTS['']['steps']}")
-    length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder")
+    length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder (default: 10 with --init)")
     add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 32 for Ti, else 256)")
     add("--micro-batch", type=number(int, 1), metavar="N", help="images per pass of a rank (default: what fits in memory)")
     add("--lr", type=number(float, 0), help="of AdamW (default: 6e-3 for Ti, else 1e-4)")
@@ -478,40 +732,70 @@ DEFAULTS = {
     "Ti": dict(steps=4000, batch=32, lr=6e-3, warmup=300, ckpt_every=1000),
     "": dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000),
 }
+FINE_TUNING = {"Ti": dict(steps=400, lr=1.5e-3, warmup=0)}         # beside these, where --init is given
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
-         "classes", "images")                                     # what may not change while a run lasts
+         "init", "train_only", "classes", "images", "encoding")   # what may not change while a run lasts
 
 
-def resolve(given, out, saved, device):
-    """Every setting of the run: as given, else as in its checkpoint (`saved`), else by default; and the data."""
+def resolve(given, out, saved, init, device):
+    """Every setting of the run: as given, else as in its checkpoint (`saved`), else as in that of --init, else by default; and the data."""
+    of_init = {name: init[name] for name in ("model", "interpolant", "learn_sigma") if init}
     s = {"model": "SiT-Ti/2", "data": "shapes", "noise_drop": 0.1, "class_drop": 0.1, "ema": 0.9999, "seed": 0, "keep": 3,
-         **saved, **given}
+         "learn_sigma": True, **of_init, **saved, **given}
     family, size = s["model"].split("/")[0].split("-")
-    s = {**DEFAULTS.get(size, DEFAULTS[""]), "interpolant": FAMILIES[family],
-         "image_size": 16 if size == "Ti" and s["data"] == "shapes" else 32, **s}
+    s = {**DEFAULTS.get(size, DEFAULTS[""]), **(FINE_TUNING.get(size, {}) if "init" in s else {}), "interpolant": FAMILIES[family], **s}
+    if s.get("train_only") == "null":
+        if "init" not in s or given.get("noise_drop", 1) != 1:
+            stop("--train-only null hides every level from a trained model; " +
+                 ("leave out --noise-drop" if "init" in s else "give one with --init"))
+        s["noise_drop"] = 1.0
     s["compile"] = given.get("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
     if "precision" not in s:
         s["precision"] = agree(fast_precision(device))
 
-    data = open_data(s["data"], s["image_size"], s["seed"])
-    s["classes"], s["images"] = data.classes, None if data.endless else len(data)
+    for name in FIXED:
+        if saved and name in given and given[name] != saved.get(name):
+            option = f"--{name.replace('_', '-')}"
+            before = f"with {option} {saved[name]}" if name in saved else f"without {option}"
+            stop(f"{out} was started {before}, not {given[name]}; give another --out")
+    if s["batch"] % WORLD:
+        stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
+
+    # In pixels, or in latents?
+    in_latents = bool(init and init["in_channels"] == models.VAE.channels or "latents" in s or "vae" in s)
+    drawn = s["data"] == "shapes" and "latents" not in s
+    if "image_size" not in s:
+        s["image_size"] = init["image_size"] if init else 256 if in_latents else 16 if size == "Ti" and drawn else 32
+    if in_latents and drawn:
+        stop("shapes are trained in pixels; give the --data to encode, or a folder of --latents")
+    in_latents = in_latents or not drawn and s["image_size"] >= 256
+    if init and (s["image_size"], in_latents) != (init["image_size"], init["in_channels"] == models.VAE.channels):
+        stop(f"{s['init']} is a model of {init['image_size']}×{init['image_size']} {'pixels' if in_latents else 'images in latents'}, not of "
+             f"{s['image_size']}×{s['image_size']} {'images in latents' if in_latents else 'pixels'}; give --image-size {init['image_size']}, or other data")
+    if in_latents:
+        s.setdefault("latents", f"runs/latents-{Path(s['data']).name}-{s['image_size']}")
+        data = open_latents(s, given, device)
+        s |= {"input_size": s["image_size"] // models.VAE.factor, "in_channels": models.VAE.channels}
+    else:
+        data = open_data(s["data"], s["image_size"], s["seed"])
+        s |= {"input_size": s["image_size"], "in_channels": 3}
+    s |= {"classes": data.classes, "num_classes": len(data.classes), "images": None if data.endless else len(data)}
+    for name in ("classes", "images", "encoding"):
+        if name in saved and s[name] != saved[name]:
+            stop(f"the {name} of {s['data']} changed since {out} was started; give another --out")
+
     s.setdefault("workers", 0 if data.endless and device.type == "cpu" else min(4, os.cpu_count()))
-    if "epochs" in given:
+    if "init" in s and not data.endless and not {"steps", "epochs"} & (saved.keys() | given.keys()):
+        s["epochs"] = 10
+    if "epochs" in s:
         if data.endless:
             stop("shapes are endless and have no epochs; use --steps")
         s["steps"] = math.ceil(s.pop("epochs") * len(data) / s["batch"])
-    for name in FIXED:
-        if name in saved and s[name] != saved[name]:
-            if name in given:
-                stop(f"{out} was started with --{name.replace('_', '-')} {saved[name]}, not {s[name]}; give another --out")
-            stop(f"the {name} of {s['data']} have changed since {out} was started; give another --out")
-    if s["batch"] % WORLD:
-        stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
-    s |= {"input_size": s["image_size"], "in_channels": 3, "num_classes": len(data.classes), "learn_sigma": True}
+    s.pop("skip_bad", None)
     return s, data
 
 
-def sample_grid(ema, path, s, device, autocast):
+def sample_grid(ema, path, s, device, autocast, vae):
     """EMA samples of the first classes from fixed noise, without guidance: a picture to watch the model learn."""
     y = torch.arange(32, device=device) % min(8, s["num_classes"])
     noise = SampleNoise(s["seed"], range(32))
@@ -520,15 +804,18 @@ def sample_grid(ema, path, s, device, autocast):
     sampler = diffusion.sample_ddpm if s["interpolant"] == "vp" else diffusion.sample_sde
     with autocast:
         images = sampler(diffusion.guided(ema.eval(), path, y), start, path, steps=50, randn=noise)
+    images = vae.decode(images) if vae else images
     return picture({"": to_uint8(images).cpu()})
 
 
 def main():
     given = arguments()
-    if "data" in given:
-        given["data"] = os.path.normpath(given["data"])           # photos/ is photos
-    model_name, data_name = given.get("model", "SiT-Ti/2"), Path(given.get("data", "shapes")).name
-    out = Path(given.pop("out", f"runs/{data_name}-{model_name.replace('/', '-')}"))
+    for name in {"data", "latents"} & given.keys():
+        given[name] = os.path.normpath(given[name])               # photos/ is photos
+    model_name = given.get("model") or {name: model for name, (model, _) in models.PUBLISHED.items()}.get(given.get("init"), "SiT-Ti/2")
+    data_name = Path(given.get("data") or given.get("latents", "shapes")).name
+    tuned = "-tuned" if "init" in given else ""
+    out = Path(given.pop("out", f"runs/{data_name}-{model_name.replace('/', '-')}{tuned}"))
     device = join_ranks()
 
     # What to do: the command's settings, and the state of the run where one was begun
@@ -538,7 +825,19 @@ def main():
         start, s = int(checkpoint["step"]), dict(checkpoint["settings"])
     except (ValueError, KeyError, TypeError) as error:
         stop(f"cannot go on from {saved[-1]}: {error}; remove it, or give another --out")
-    s, data = resolve(given, out, s, device)
+    init, of_init = None, None
+    if "init" in given and not start:
+        source = given["init"]
+        if f"{source}-{given.get('image_size')}" in models.PUBLISHED:
+            source = f"{source}-{given['image_size']}"            # DiT-XL/2 at 512×512
+        try:
+            if Path(source).is_dir():
+                source = str(checkpoints(source)[-1])
+            with rank_0_first():
+                init, of_init = models.from_checkpoint(source, given.get("model"))
+        except (ValueError, IndexError) as error:
+            stop(error if isinstance(error, ValueError) else f"no checkpoints in {source}/checkpoints; give --init another")
+    s, data = resolve(given, out, s, of_init, device)
     if start >= s["steps"]:
         if RANK == 0:
             print(f"{out} is finished: it stands at step {start}, and {s['steps']} are asked for"
@@ -551,9 +850,25 @@ def main():
         model = models.MODELS[s["model"]](**{k: s[k] for k in ("input_size", "in_channels", "num_classes", "learn_sigma")})
     except ValueError as error:
         stop(error)
+    if init:
+        weights, table = init.state_dict(), "y_embedder.embedding_table.weight"
+        names = of_init["classes"] if not of_init["classes"][0].isdecimal() else s["classes"]       # numbers stand for any names
+        if (s["num_classes"], names) != (of_init["num_classes"], s["classes"]):
+            weights[table] = model.state_dict()[table]
+            if RANK == 0:
+                print(f"{s['init']} knows {of_init['num_classes']} other classes than the {s['num_classes']} of {s['data']}: the label table starts anew")
+        try:
+            models.load_weights(model, weights, s["init"])
+        except ValueError as error:
+            stop(error)
+        del init, weights
+    if s.get("train_only") == "null":
+        model.requires_grad_(False)
+        model.t_embedder.null_embedding.requires_grad_(True)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s["lr"], weight_decay=0, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=s["lr"], weight_decay=0, fused=True)
     if start:
         try:
             models.load_weights(model, checkpoint["model"], saved[-1])
@@ -611,8 +926,12 @@ def main():
 
     def draw(step):
         if RANK == 0:
+            try:
+                vae = models.load_vae(s["vae"]).to(device) if data.latent else None
+            except ValueError as error:
+                return bar.write(f"no samples at step {step}: {error}")
             with replacing(out / "samples" / f"{step:07}.png") as file:
-                sample_grid(ema, path, s, device, autocast).save(file, "png")
+                sample_grid(ema, path, s, device, autocast, vae).save(file, "png")
 
     log = None
     if RANK == 0:                                                 # the log up to where we stand; the rest is repeated
@@ -624,7 +943,8 @@ def main():
 
     bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
     losses, since, step = [], time.perf_counter(), start
-    grid_takes, drawn = 32 * 50 * model.flops() / (usual * rate / WORLD), time.perf_counter()       # in seconds; when
+    decoding = models.VAE.decode_flops * s["image_size"]**2 if data.latent else 0
+    grid_takes, drawn = 32 * (50 * model.flops() + decoding) / (usual * rate / WORLD), time.perf_counter()      # in seconds; when
     for batch in loader:
         if isinstance(batch, UnreadableImage):
             bar.close()

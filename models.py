@@ -358,8 +358,10 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1)
 
     def in_chunks(self, network, x, pixels):
-        count = max(1, self.pixels // pixels)
-        return torch.cat([network(part.contiguous(memory_format=torch.channels_last)).float() for part in x.split(count)])
+        allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True           # 10 bits are enough for pictures
+        parts = [network(part.contiguous(memory_format=torch.channels_last)).float() for part in x.split(max(1, self.pixels // pixels))]
+        torch.backends.cudnn.allow_tf32 = allowed
+        return torch.cat(parts)
 
     @torch.no_grad()
     def encode(self, images):

@@ -619,7 +619,6 @@ def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
     loader = torch.utils.data.DataLoader(Crops(source), batch_size=None, sampler=mine.tolist(), num_workers=workers,
                                          worker_init_fn=ignore_signals)
     vae.to(device)
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True        # float16 is to hold the result
     with open(folder / "moments.npy", "r+b") as moments_file, open(folder / "labels.npy", "r+b") as labels_file, tqdm(
             total=sum(min(Crops.chunk, N - chunk * Crops.chunk) for chunk in mine), unit="image", disable=RANK != 0, dynamic_ncols=True,
             desc=f"encoding, rank 0 of {WORLD}" if WORLD > 1 else "encoding") as bar:
@@ -637,7 +636,6 @@ def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
                 stop(f"{str(bad[min(bad)]).removesuffix('; mend or remove it')}; mend it, or give --skip-bad to go on without such images; "
                      "what is encoded is kept", everywhere=True)
             bar.update(len(images))
-    torch.backends.cudnn.allow_tf32 = tf32
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import diffusion
 import models
 from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, run_folder, sampling_arguments, settle
-from train import (PATHS, RANK, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, fast_precision, generator, ignore_signals,
+from train import (PATHS, RANK, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
                    join_ranks, number, one_line_errors, open_data, replacing, stop, to_float)
 
 
@@ -379,6 +379,7 @@ def measure(args):
     guide = guide and guide.to(device)
     estimator.to(device), model.to(device)
     args.precision = args.precision or agree(fast_precision(device))
+    args.compile = compiles(device) if args.compile is None else args.compile
     settings = combinations(args, ckpt, s)
     samplers = [Sampler(model, s, setting, list(range(s["num_classes"])), device, classifier, guide) for setting in settings]
     out = Path(args.out) if args.out else run_folder(ckpt) / "shift"

@@ -10,8 +10,10 @@ a restart change nothing but rounding. Up to 64 images become a labelled PNG; mo
 uint8 and arr_1 (N,) labels, as ADM's evaluator reads it. That is written to disk batch by batch, in OUT.partial, where the
 same command finds what an interrupted one had finished.
 """
+import argparse
 import json
 import shutil
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,8 +25,9 @@ from tqdm import tqdm
 
 import diffusion
 import models
-from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoints, fast_precision, join_ranks, number,
-                   one_line_errors, picture, rank_0_first, replacing, stop, to_uint8, write_at)
+from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoints, compiles, device_name, fast_precision, join_ranks,
+                   matmul_rate, number, one_line_errors, peak_memory, picture, rank_0_first, replacing, stop, synchronize, synthetic,
+                   to_uint8, write_at)
 
 GRID = 64                                                         # up to so many images become a picture
 
@@ -55,6 +58,7 @@ def sampling_arguments(add, several=False):
     add("--balanced", action="store_true", help="take the classes in turn, so that all come equally often (default: at random)")
     add("--seed", type=number(int, 0), default=0, help="sample i is a function of it and i (default: 0)")
     add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
 
 
 def arguments():
@@ -66,6 +70,7 @@ def arguments():
         help="number of images (default: 32); behind torchrun, which takes --num for one of its own options, say --num-samples")
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank (default: 64)")
     add("--classes", nargs="+", metavar="C", help="draw classes from these names or numbers (default: all)")
+    add("--benchmark", action="store_true", help="measure the speed of --model (default: DiT-XL/2) on latents, guided and not; one line of JSON")
     add("--out", metavar="FILE", help=".png or .npz (default: in the run's folder, named by the settings)")
     return parser.parse_args()
 
@@ -105,6 +110,14 @@ def guidance_name(args):
     return ", ".join(parts)
 
 
+def halve(model):
+    """Keep the weights of matrix products in bf16, to which autocast would round them at every call."""
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.to(torch.bfloat16)
+    return model
+
+
 class Sampler:
     """Samples number `indices` of a checkpoint: uint8 (n, 3, H, W) and labels (n,), with or without the guidance.
 
@@ -113,7 +126,11 @@ class Sampler:
 
     def __init__(self, model, settings, args, labels, device, estimator=None, guide=None, vae=None):
         self.model, self.settings, self.args, self.labels, self.device = model, settings, args, labels, device
-        self.guide, self.vae = guide, vae
+        self.guide, self.vae, self.null_class, self.guide_null = guide, vae, settings["num_classes"], guide and guide.num_classes
+        if args.precision == "bf16":
+            self.model, self.guide = halve(model), guide and halve(guide)
+        if args.compile:
+            self.model, self.guide = torch.compile(self.model), guide and torch.compile(self.guide)
         self.classifier = estimator and estimator.gradient
         self.path = PATHS[settings["interpolant"]]()
         self.sample = {"ddpm": diffusion.sample_ddpm, "sde": diffusion.sample_sde, "ode": diffusion.sample_ode}[args.sampler]
@@ -130,9 +147,9 @@ class Sampler:
         terms = dict(w_nag=args.w_nag, cfg_scale=args.cfg_scale, nag_interval=args.nag_interval,
                      cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels,
                      w_classifier=args.w_nag_classifier, classifier=self.classifier, guide=self.guide, guide_scale=args.guide_scale,
-                     guide_interval=args.guide_interval) if guidance else {}
+                     guide_interval=args.guide_interval, null_class=self.null_class) if guidance else {}
         if guidance and args.guide_unconditional:
-            terms["guide_y"] = torch.full_like(y, self.guide.num_classes)
+            terms["guide_y"] = torch.full_like(y, self.guide_null)
         denoise = diffusion.guided(self.model, self.path, y, **terms)
 
         def watched(x, t):
@@ -144,7 +161,7 @@ class Sampler:
         options = {} if args.sampler == "ode" else {"randn": noise}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             x0 = self.sample(watched, start, self.path, steps=args.steps, **options)
-        return (to_uint8(self.vae.decode(x0) if self.vae else x0)).cpu(), labels
+        return to_uint8(self.vae.decode(x0) if self.vae else x0), labels
 
     def bar(self, total):
         """Progress in images, counted by the network's evaluations."""
@@ -162,7 +179,7 @@ def write_grid(sampler, out, title):
     with sampler.bar(args.num * len(kinds)) as bar:
         for name, guidance in kinds:
             batches = [sampler(range(i, min(i + args.batch, args.num)), bar, guidance) for i in range(0, args.num, args.batch)]
-            panels[name] = torch.cat([images for images, _ in batches])
+            panels[name] = torch.cat([images for images, _ in batches]).cpu()
     labels = torch.cat([labels for _, labels in batches])
     names = sampler.settings["classes"]
     with replacing(out) as file:
@@ -197,13 +214,19 @@ def write_npz(sampler, out, settings):
     images_at, labels_at = (np.lib.format.open_memmap(work / name, "r").offset for name in parts)
     mine = np.array_split(todo, WORLD)[RANK]
     with sampler.bar(len(mine)) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
-        for batch in np.split(mine, range(args.batch, len(mine), args.batch)):
-            if not len(batch):
-                continue
-            images, labels = sampler(batch, bar)
-            for file, at, rows in ((images_file, images_at, images.permute(0, 2, 3, 1).contiguous()), (labels_file, labels_at, labels)):
+        def write(batch, images, labels):
+            for file, at, rows in ((images_file, images_at, images.permute(0, 2, 3, 1).contiguous().cpu()), (labels_file, labels_at, labels)):
                 for index, row in zip(batch, rows.numpy()):
                     write_at(file, row, at + int(index) * row.nbytes)
+
+        drawn = None
+        for batch in np.split(mine, range(args.batch, len(mine), args.batch)):
+            if len(batch):
+                done, drawn = drawn, (batch, *sampler(batch, bar))
+                if done:                                          # fetched and written while a GPU works at the next
+                    write(*done)
+        if drawn:
+            write(*drawn)
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
@@ -322,8 +345,53 @@ def settle(args, ckpt, s):
     return args
 
 
+def benchmark(args, device):
+    """Whole runs of the sampler on random weights, of the shape of latents (Ti: of shapes), for each kind of guidance; one line of JSON."""
+    model, s = synthetic(args.model or "DiT-XL/2")
+    s |= {"in_channels": model.in_channels, "input_size": model.input_size, "num_classes": 1000, "data": "noise"}
+    args.steps = args.steps or 10
+    settle(args, s["model"], s)
+    args.precision = args.precision or agree(fast_precision(device))
+    everywhere, half = (0.0, 1.0), (0.0, 0.5)
+    rounds = 5
+    kinds = {"no guidance": (0.0, 1.0, everywhere), "NAG": (3.0, 1.0, everywhere), "CFG": (0.0, 1.5, everywhere),
+             "NAG + CFG": (2.0, 1.5, everywhere), "NAG on half of the levels": (3.0, 1.0, half)}
+    sampler = Sampler(model.to(device).eval().requires_grad_(False), s, args, [0], device)
+    dtype, took = torch.bfloat16 if args.precision == "bf16" else torch.float32, {kind: [] for kind in kinds}
+    asked = {}                                                    # branches that a whole run asks for
+    def counted(x, *rest, **options):
+        asked[kind] = asked.get(kind, 0) + len(x) / args.batch
+        return network(x, *rest, **options)
+    network, sampler.model = sampler.model, counted
+    rates, steps, rows = [], args.steps, {}
+    for repeat in range(1 + rounds):                              # the first warms up; then the kinds take turns
+        rates.append(matmul_rate(device, dtype, 1))
+        args.steps = 2 if repeat == 0 else steps
+        for kind, (args.w_nag, args.cfg_scale, args.nag_interval) in kinds.items():
+            asked[kind] = 0
+            synchronize(device)
+            start = time.perf_counter()
+            sampler(range(args.batch), tqdm(disable=True))
+            synchronize(device)
+            if repeat:
+                took[kind].append(time.perf_counter() - start)
+    rate, middle = np.median(rates), {kind: np.median(times) for kind, times in took.items()}
+    for kind in kinds:
+        work = asked[kind] * model.flops()
+        per_s = args.batch / middle[kind]
+        rows[kind] = {"images_per_s": round(WORLD * per_s, 3), "flops_per_image": work, "flops": round(WORLD * per_s * work), "mfu": round(per_s * work / rate, 4),
+                      "times_unguided": round(np.median(np.divide(took[kind], took["no guidance"])), 3)}
+    if RANK == 0:
+        print(json.dumps({"model": s["model"], "batch": args.batch, "precision": args.precision, "compile": args.compile, "device": device_name(device),
+                          "sampler": args.sampler, "steps": steps, **rows["no guidance"], "matmul_flops": round(WORLD * rate),
+                          "peak_memory_gb": peak_memory(device), "guidance": rows}))
+
+
 def main():
     args, device = arguments(), join_ranks()
+    args.compile = compiles(device) if args.compile is None else args.compile
+    if args.benchmark:
+        return benchmark(args, device)
     ckpt, model, s = open_checkpoint(args.ckpt, args.model)
     settle(args, ckpt, s)
     guide, vae = open_guide(args, s), open_vae(args, s)
@@ -354,7 +422,7 @@ def main():
         stamp = lambda file: [str(file), Path(file).stat().st_mtime_ns if Path(file).exists() else None] if file else None
         write_npz(sampler, out, {**vars(args), "ckpt": stamp(ckpt), "estimator": stamp(args.w_nag_classifier and args.estimator),
                                  "guide": stamp(args.guide), "vae": stamp(vae and (args.vae or s.get("vae"))),
-                                 "batch": None, "out": None, "labels": labels})
+                                 "batch": None, "out": None, "compile": None, "benchmark": None, "labels": labels})
     if RANK == 0:
         print(out)
 

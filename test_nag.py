@@ -232,6 +232,31 @@ def test_checkpoints_of_others_training_code_load_by_their_arguments(tmp_path):
         models.from_checkpoint(tmp_path / "none.pt", "DiT-S/2")
 
 
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_less():
+    model, found = tiny(depth=4).requires_grad_(True), []
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    for model.grad_checkpoint in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            out = model(x, t, y)
+        out.square().sum().backward()
+        found.append((sum(kept), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    (all_of_it, plain), (less, checkpointed) = found
+    assert less < all_of_it / 3 and len(plain) == len(checkpointed) > 40
+    for a, b in zip(plain, checkpointed):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_in_bf16_are_as_good_as_autocast():
+    model, x, t, y = tiny(hidden_size=128), torch.randn(8, 3, 8, 8), torch.rand(8), torch.arange(8) % 5
+    exact, errors = model(x, t, y), []
+    for network in (model, sample.halve(model)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            errors.append(((network(x, t, y) - exact).norm() / exact.norm()).item())
+    assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16 and 0 < errors[1] < 1.1 * errors[0] < 0.02
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusion.py: interpolants
 
@@ -859,6 +884,33 @@ def test_training_follows_the_same_curve_on_two_ranks(tmp_path, model):
     np.testing.assert_allclose(losses(tmp_path / "on2"), losses(tmp_path / "on1"), rtol=1e-5)
 
 
+def test_two_nodes_follow_the_curve_of_one_process(runs):
+    """As on two machines: a torchrun for each, that meet at an address."""
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{21_000 + os.getpid() % 20_000}"]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *meet, str(HERE / "train.py"), "--steps", "20", *SMALL, "--out", "runs/nodes"],
+                              cwd=runs, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for node in nodes:
+        _, err = node.communicate(timeout=120)
+        assert node.returncode == 0, err
+    np.testing.assert_allclose(losses(runs / "runs/nodes"), losses(runs / "runs/one"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, batch", [("train.py", 4), ("sample.py", 2)])
+def test_benchmarks_end_in_a_line_of_json(tmp_path, name, batch):
+    done = script(name, "--benchmark", "--model", "SiT-Ti/2", "--batch", batch, *(["--steps", 2] if name == "sample.py" else ["--grad-checkpoint"]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    forward = models.MODELS["SiT-Ti/2"](input_size=16, in_channels=3).flops()
+    assert (told["model"], told["batch"]) == ("SiT-Ti/2", batch) and told["precision"] in ("bf16", "fp32") and told["compile"] is False
+    rows = [(told, 3 * forward)] if name == "train.py" else [(told["guidance"][kind], branches * 2 * forward) for kind, branches in (
+        ("no guidance", 1), ("NAG", 2), ("CFG", 2), ("NAG + CFG", 3), ("NAG on half of the levels", 1.5))]
+    for row, work in rows:
+        assert row["flops_per_image"] == work
+        assert row["flops"] == pytest.approx(row["images_per_s"] * work, rel=1e-2) and 0 < row["mfu"] < 1
+        assert row["mfu"] == pytest.approx(row["flops"] / told["matmul_flops"], rel=1e-2)
+    assert 0.1 < told["peak_memory_gb"] < 2 and not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_and_the_same_command_end_in_the_same_weights(runs):
     command = [sys.executable, str(HERE / "train.py"), "--steps", "400", *SMALL, "--ckpt-every", "1000", "--out", "runs/stopped"]
     run = subprocess.Popen(command, cwd=runs, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1201,7 +1253,7 @@ def test_states_are_read_where_the_sampler_keeps_them(name, path):
     settings = dict(interpolant=path, in_channels=1, input_size=2, image_size=2, num_classes=1)
     args = SimpleNamespace(sampler=name, steps=12, seed=0, precision="fp32", w_nag=0.0, cfg_scale=1.0, nag_interval=(0, 1), cfg_interval=(0, 1),
                            cfg_channels=None, w_nag_classifier=0.0, guide_scale=1.0, guide_interval=(0, 1), guide_unconditional=False,
-                           balanced=False)
+                           balanced=False, compile=False)
     def model(x, t, y, drop_noise=None):
         return x * (1 + t.view(-1, 1, 1, 1) / 1000)
     sampler = sample.Sampler(model, settings, args, [0], torch.device("cpu"))

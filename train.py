@@ -25,6 +25,7 @@ import json
 import math
 import mmap
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -307,7 +308,10 @@ class SampleNoise:
 
     def __call__(self, x):
         """Standard normal noise like x, for `randn` of the samplers."""
-        return torch.from_numpy(np.stack([g.standard_normal(x.shape[1:], np.float32) for g in self.generators])).to(x.device)
+        noise = torch.from_numpy(np.stack([g.standard_normal(x.shape[1:], np.float32) for g in self.generators]))
+        if x.device.type == "cuda":                               # from pinned memory the copy does not wait for what the GPU is doing
+            noise = noise.pin_memory()
+        return noise.to(x.device, non_blocking=True)
 
 
 def picture(panels, columns=8, captions=None):
@@ -722,6 +726,8 @@ def arguments():
     add("--ckpt-every", type=number(int, 1), metavar="STEPS", help="checkpoint and samples (default: 1000 for Ti, else 5000)")
     add("--keep", type=number(int, 0), metavar="N", help="checkpoints kept, 0 for all (default: 3)")
     add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
+    add("--grad-checkpoint", action="store_true", help="keep no activations inside the blocks, compute them again: less memory, a third slower")
+    add("--benchmark", action="store_true", help="measure speed and memory of --model (default: DiT-XL/2) on latents of --image-size; one line of JSON")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
     return vars(parser.parse_args())
 
@@ -733,6 +739,11 @@ DEFAULTS = {
 FINE_TUNING = {"Ti": dict(steps=400, lr=1.5e-3, warmup=0)}         # beside these, where --init is given
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
          "init", "train_only", "classes", "images", "encoding")   # what may not change while a run lasts
+
+
+def compiles(device):
+    """Whether torch.compile is used where nothing is said."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def resolve(given, out, saved, init, device):
@@ -747,7 +758,7 @@ def resolve(given, out, saved, init, device):
             stop("--train-only null hides every level from a trained model; " +
                  ("leave out --noise-drop" if "init" in s else "give one with --init"))
         s["noise_drop"] = 1.0
-    s["compile"] = given.get("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
+    s["compile"] = given.get("compile", compiles(device))
     if "precision" not in s:
         s["precision"] = agree(fast_precision(device))
 
@@ -806,6 +817,120 @@ def sample_grid(ema, path, s, device, autocast, vae):
     return picture({"": to_uint8(images).cpu()})
 
 
+class Trainer:
+    """A model, its average and its optimiser on this rank, and the step that moves all three."""
+
+    def __init__(self, model, s, device):
+        self.s, self.device, self.share = s, device, s["batch"] // WORLD
+        self.dtype = torch.bfloat16 if s["precision"] == "bf16" else torch.float32
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        if device.type == "cuda":                                 # what bf16 leaves in fp32 is TF32; with --precision fp32, fp32
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.dtype == torch.bfloat16
+        self.path = PATHS[s["interpolant"]]().to(device)
+        self.model = model.to(device)
+        self.model.grad_checkpoint = s.get("grad_checkpoint", False)
+        if s.get("train_only") == "null":
+            model.requires_grad_(False)
+            model.t_embedder.null_embedding.requires_grad_(True)
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=s["lr"], weight_decay=0, fused=True)
+        s["micro_batch"] = min(self.share, s.get("micro_batch") or agree(fitting_micro_batch(model, device, self.share, s["precision"])))
+        self.network = torch.compile(model) if s["compile"] else model
+        if WORLD > 1:
+            self.network = DistributedDataParallel(self.network, gradient_as_bucket_view=True, static_graph=s["micro_batch"] == self.share)
+            self.network.broadcast_buffers = False                # the position table never changes
+        self.work = 3 * model.flops()                             # per image: the backward pass costs two forward passes
+
+    def step(self, batch, number, interrupted=lambda: False):
+        """Step `number` (from 1) with this rank's part of a batch; the mean loss of it, (), or None where it was interrupted.
+
+        The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange them during the last. Nothing here
+        waits for the device.
+        """
+        s, (images, y, t, eps, drop_noise) = self.s, (part.to(self.device, non_blocking=True) for part in batch)
+        loss_sum = torch.zeros((), device=self.device)
+        parts = [part.split(s["micro_batch"]) for part in (to_float(images), y, t, eps, drop_noise)]
+        for i, part in enumerate(zip(*parts)):
+            if interrupted():
+                return None                                       # the step that was begun is left undone
+            last = i == len(parts[0]) - 1
+            with contextlib.nullcontext() if WORLD == 1 or last else self.network.no_sync():
+                with self.autocast:
+                    loss = diffusion.training_loss(self.network, self.path, *part).sum() / self.share
+                loss.backward()
+            loss_sum += loss.detach()
+        if s["warmup"]:
+            for group in self.optimizer.param_groups:
+                group["lr"] = s["lr"] * min(number / s["warmup"], math.sqrt(s["warmup"] / number))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():                                     # the average starts short: of 10 % of the run so far
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - min(s["ema"], number / (number + 9)))
+        return loss_sum
+
+
+def synthetic(name, image_size=None):
+    """A model for --benchmark, with random weights, none of them zero (zeros take a GPU less power, and so less time); and its defaults."""
+    family, size = name.split("/")[0].split("-")
+    image_size = image_size or (16 if size == "Ti" else 256)
+    factor, channels = (models.VAE.factor, models.VAE.channels) if image_size >= 256 else (1, 3)
+    try:
+        model = models.MODELS[name](input_size=image_size // factor, in_channels=channels, num_classes=1000)
+    except ValueError as error:
+        stop(error)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model, {"model": name, "image_size": image_size, "interpolant": FAMILIES[family], **DEFAULTS.get(size, DEFAULTS[""])}
+
+
+def benchmark(given, device):
+    """Training steps on a batch that is there already, of the shape of latents (Ti: of shapes); one line of JSON."""
+    model, defaults = synthetic(given.get("model", "DiT-XL/2"), given.get("image_size"))
+    s = {"noise_drop": 0.1, "ema": 0.9999, **defaults, "compile": compiles(device), **given}
+    s["precision"] = s.get("precision") or agree(fast_precision(device))
+    if s["batch"] % WORLD:
+        stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
+    trainer, B, rng = Trainer(model, s, device), s["batch"] // WORLD, torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, B, model.in_channels, model.input_size, model.input_size, generator=rng)
+    batch = [x0, torch.randint(0, 1000, (B,), generator=rng), (1 + torch.randint(0, 1000, (B,), generator=rng)) / 1000, eps, torch.rand(B, generator=rng) < 0.1]
+    batch = [part.pin_memory() for part in batch] if device.type == "cuda" else batch
+    measured = timed(lambda number: trainer.step(batch, number), s["batch"], trainer.work, device, trainer.dtype)
+    if RANK == 0:
+        print(json.dumps({"model": s["model"], "batch": s["batch"], "precision": s["precision"], "compile": s["compile"], "micro_batch": s["micro_batch"],
+                          "grad_checkpoint": s.get("grad_checkpoint", False), "ranks": WORLD, **measured}))
+
+
+def timed(step, images, work, device, dtype, seconds=5):
+    """What --benchmark reports of step(number), which takes `images` of `work` FLOP each, on all ranks together."""
+    for number in range(1, 4):                                    # compiling, and memory that is taken for the first time
+        step(number)
+    rate, count = matmul_rate(device, dtype, 1), 0
+    synchronize(device)
+    start = time.perf_counter()
+    while count < 3 or agree(time.perf_counter() - start < seconds):
+        step(4 + count)
+        count += 1
+        if count == 3 or count % 20 == 0:
+            synchronize(device)
+    synchronize(device)
+    took = time.perf_counter() - start
+    rate = WORLD * (rate + matmul_rate(device, dtype, 1)) / 2     # the yardstick, before and after
+    return {"device": device_name(device), "images_per_s": round(count * images / took, 2), "flops_per_image": work,
+            "flops": round(count * images * work / took), "matmul_flops": round(rate), "mfu": round(count * images * work / took / rate, 4),
+            "peak_memory_gb": peak_memory(device)}
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """The most that this rank has used, in GB: of the GPU's memory, or of the machine's."""
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round(used / 1e9, 2)
+
+
 def main():
     given = arguments()
     for name in {"data", "latents"} & given.keys():
@@ -815,6 +940,8 @@ def main():
     tuned = "-tuned" if "init" in given else ""
     out = Path(given.pop("out", f"runs/{data_name}-{model_name.replace('/', '-')}{tuned}"))
     device = join_ranks()
+    if given.pop("benchmark", False):
+        return benchmark(given, device)
 
     # What to do: the command's settings, and the state of the run where one was begun
     saved = checkpoints(out)
@@ -860,13 +987,8 @@ def main():
         except ValueError as error:
             stop(error)
         del init, weights
-    if s.get("train_only") == "null":
-        model.requires_grad_(False)
-        model.t_embedder.null_embedding.requires_grad_(True)
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s["lr"], weight_decay=0, fused=True)
+    trainer = Trainer(model, s, device)
+    ema, optimizer, work = trainer.ema, trainer.optimizer, trainer.work
     if start:
         try:
             models.load_weights(model, checkpoint["model"], saved[-1])
@@ -875,22 +997,11 @@ def main():
         except (ValueError, KeyError) as error:
             stop(error)
     del checkpoint
-    path = PATHS[s["interpolant"]]().to(device)
-    share = s["batch"] // WORLD
-    s["micro_batch"] = min(share, s.get("micro_batch") or agree(fitting_micro_batch(model, device, share, s["precision"])))
-
-    network = torch.compile(model) if s["compile"] else model
-    if WORLD > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        network.broadcast_buffers = False                         # the position table never changes
-    dtype = torch.bfloat16 if s["precision"] == "bf16" else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     loader = torch.utils.data.DataLoader(
         Batches(data, s), batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
-    rate = WORLD * matmul_rate(device, dtype)
-    work = 3 * model.flops()                                      # per image: the backward pass costs two forward passes
+    rate = WORLD * matmul_rate(device, trainer.dtype)
     usual = 0.5 if device.type == "cuda" else 0.28                # of that rate is what one reaches: only for the estimates
     if RANK == 0:
         expected = in_words((s["steps"] - start) * s["batch"] * work / (usual * rate))
@@ -929,7 +1040,7 @@ def main():
             except ValueError as error:
                 return bar.write(f"no samples at step {step}: {error}")
             with replacing(out / "samples" / f"{step:07}.png") as file:
-                sample_grid(ema, path, s, device, autocast, vae).save(file, "png")
+                sample_grid(ema, trainer.path, s, device, trainer.autocast, vae).save(file, "png")
 
     log = None
     if RANK == 0:                                                 # the log up to where we stand; the rest is repeated
@@ -947,31 +1058,11 @@ def main():
         if isinstance(batch, UnreadableImage):
             bar.close()
             stop(batch, everywhere=True)
-        images, y, t, eps, drop_noise = (part.to(device, non_blocking=True) for part in batch)
-        x0, loss_sum = to_float(images), torch.zeros((), device=device)
-
-        # One step: passes of a micro-batch each, whose gradients add up; ranks exchange them during the last
-        parts = [part.split(s["micro_batch"]) for part in (x0, y, t, eps, drop_noise)]
-        for i, part in enumerate(zip(*parts)):
-            if stopping := interrupted():
-                break                                             # the step that was begun is left undone
-            last = i == len(parts[0]) - 1
-            with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():
-                with autocast:
-                    loss = diffusion.training_loss(network, path, *part).sum() / share
-                loss.backward()
-            loss_sum += loss.detach()
-        else:
-            if s["warmup"]:
-                for group in optimizer.param_groups:
-                    group["lr"] = s["lr"] * min((step + 1) / s["warmup"], math.sqrt(s["warmup"] / (step + 1)))
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = trainer.step(batch, step + 1, interrupted)
+        stopping = loss is None
+        if not stopping:
             step += 1
-            with torch.no_grad():                                 # the average starts short: of 10 % of the run so far
-                decay = min(s["ema"], step / (step + 9))
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            losses.append(loss_sum)
+            losses.append(loss)
             bar.update()
 
         saving = stopping or step == s["steps"] or step % s["ckpt_every"] == 0

@@ -36,7 +36,7 @@ import diffusion
 import models
 from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, run_folder, sampling_arguments, settle
 from train import (PATHS, RANK, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
-                   join_ranks, number, one_line_errors, open_data, replacing, stop, to_float)
+                   join_ranks, lock, number, one_line_errors, open_data, replacing, stop, to_float)
 
 
 def arguments():
@@ -171,6 +171,7 @@ def train(args):
     s["num_classes"], s["images"] = len(source.classes), None if source.endless else len(source)
     path = PATHS[args.interpolant]().to(device)
 
+    lock(out.with_name(f".{out.name}.lock"), out)
     torch.manual_seed(args.seed)
     estimator, start, saved = models.NoiseEstimator(size, s["in_channels"]).to(device), 0, {}
     optimizer = torch.optim.AdamW(estimator.parameters(), lr=args.lr, weight_decay=0)
@@ -215,8 +216,8 @@ def train(args):
             try:
                 with replacing(out) as file:
                     torch.save({"estimator": estimator.state_dict(), "opt": optimizer.state_dict(), "step": step, "settings": s}, file)
-            except RuntimeError as error:                         # so torch.save reports a full disk
-                stop(f"cannot write {out}: {error}")
+            except RuntimeError:                                  # so torch.save reports a full disk
+                stop(f"cannot write {out}: is the disk full?")
 
     begun = time.perf_counter()
     print(f"a noise estimator ({sum(p.numel() for p in estimator.parameters()) / 1e3:.0f} k parameters) for {data} {image_size}×{image_size}{' in latents' * source.latent} on "

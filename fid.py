@@ -346,7 +346,7 @@ class Source:
                 for key, ndim in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2), ("pool", 2), ("size", 1), ("network", 0)):
                     if key in headers:
                         shape, dtype, _ = headers[key]
-                        if len(shape) != ndim or dtype.kind != {"network": "U", "size": "i"}.get(key, "f") or key != "pool" and math.prod(shape) * dtype.itemsize > 8e9:
+                        if len(shape) != ndim or dtype.kind != {"network": "U", "size": "i"}.get(key, "f") or math.prod(shape) * dtype.itemsize > 8e9:
                             raise ValueError(f"{self.name}: {key} is {dtype} {shape}, which is no such statistic")
                         with archive.open(f"{key}.npy") as file:
                             self.statistics = {**self.statistics, key: np.lib.format.read_array(file, allow_pickle=False)}

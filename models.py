@@ -598,8 +598,12 @@ def from_checkpoint(source, name=None):
         with torch.device("meta"):                                # no time and memory for weights that are replaced
             model = MODELS[settings["model"]](**{k: settings[k] for k in
                                                  ("input_size", "in_channels", "num_classes", "learn_sigma")})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} has settings that name no model of ours ({error}); give another file") from None
+        kinds = {"interpolant": str, "data": str, "image_size": int, "classes": list, "noise_drop": (int, float), "class_drop": (int, float)}
+        wrong = [key for key, kind in kinds.items() if not isinstance(settings[key], kind)]
+        if wrong or settings["interpolant"] not in ("linear", "vp") or [type(name) for name in settings["classes"]] != [str] * settings["num_classes"]:
+            raise ValueError(f"wrong {', '.join(wrong) or 'interpolant or classes'}")
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{source} has settings that name no model of ours ({' '.join(str(error).split())[:100]}); give another file") from None
     load_weights(model, state, source)
     return model.eval().requires_grad_(False), settings
 
@@ -657,8 +661,9 @@ def load_estimator(path, otherwise="train one with: python estimator.py train"):
     if not isinstance(settings, dict) or not isinstance(checkpoint.get("estimator"), dict):
         raise ValueError(f"{path} is no noise estimator; {otherwise}")
     try:
-        estimator = NoiseEstimator(settings["input_size"], settings["in_channels"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} has settings that name no estimator of ours ({error}); give another file") from None
+        with torch.device("meta"):
+            estimator = NoiseEstimator(settings["input_size"], settings["in_channels"])
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path} has settings that name no estimator of ours ({' '.join(str(error).split())[:100]}); give another file") from None
     load_weights(estimator, checkpoint["estimator"], path)
     return estimator.eval().requires_grad_(False), settings

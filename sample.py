@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import diffusion
 import models
-from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, checkpoints, compiles, device_name, fast_precision, join_ranks,
+from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, allocate, checkpoints, compiles, device_name, fast_precision, join_ranks, lock,
                    matmul_rate, number, one_line_errors, peak_memory, picture, rank_0_first, replacing, stop, synchronize, synthetic,
                    to_uint8, write_at)
 
@@ -194,37 +194,35 @@ def write_npz(sampler, out, settings):
     work = out.with_name(out.name + ".partial")
     parts = {"arr_0.npy": (np.uint8, (args.num, size, size, 3)), "arr_1.npy": (np.int64, (args.num,))}
     note = json.dumps(settings, indent=1)
+    lock(work / ".lock", out)
     if RANK == 0:
         if not (work / "settings.json").exists():
-            shutil.rmtree(work, ignore_errors=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
             needed, free = 2 * args.num * (3 * size * size + 8), shutil.disk_usage(out.parent).free
             if needed > free:
                 stop(f"{out} needs {needed / 1e9:.1f} GB while it is written, {free / 1e9:.1f} GB are free; give another --out")
-            work.mkdir()
             for name, (dtype, shape) in parts.items():
-                np.lib.format.open_memmap(work / name, "w+", dtype, shape)
+                allocate(work / name, dtype, shape)
             np.lib.format.open_memmap(work / "arr_1.npy", "r+")[:] = -1
             with replacing(work / "settings.json") as file:
                 file.write(note.encode())
         elif (work / "settings.json").read_text() != note:
             stop(f"{work} holds samples of other settings; remove it, or give another --out")
-    todo = agree(np.flatnonzero(np.load(work / "arr_1.npy") < 0) if RANK == 0 else None)       # all wait for the files
+    todo = agree(np.load(work / "arr_1.npy") < 0 if RANK == 0 else None)                # all wait for the files
+    batches = np.split(np.arange(args.num), range(args.batch, args.num, args.batch))
+    mine = [batch for batch in batches if todo[batch].any()][RANK::WORLD]                # whole ones: the same samples beside each other, to the bit
 
     images_at, labels_at = (np.lib.format.open_memmap(work / name, "r").offset for name in parts)
-    mine = np.array_split(todo, WORLD)[RANK]
-    with sampler.bar(len(mine)) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
+    with sampler.bar(sum(map(len, mine))) as bar, open(work / "arr_0.npy", "r+b") as images_file, open(work / "arr_1.npy", "r+b") as labels_file:
         def write(batch, images, labels):
             for file, at, rows in ((images_file, images_at, images.permute(0, 2, 3, 1).contiguous().cpu()), (labels_file, labels_at, labels)):
                 for index, row in zip(batch, rows.numpy()):
                     write_at(file, row, at + int(index) * row.nbytes)
 
         drawn = None
-        for batch in np.split(mine, range(args.batch, len(mine), args.batch)):
-            if len(batch):
-                done, drawn = drawn, (batch, *sampler(batch, bar))
-                if done:                                          # fetched and written while a GPU works at the next
-                    write(*done)
+        for batch in mine:
+            done, drawn = drawn, (batch, *sampler(batch, bar))
+            if done:                                              # fetched and written while a GPU works at the next
+                write(*done)
         if drawn:
             write(*drawn)
     if WORLD > 1:

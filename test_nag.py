@@ -965,15 +965,15 @@ def test_samples_depend_on_seed_and_index_alone(runs):
 def test_an_interrupted_npz_is_finished_by_the_same_command(runs):
     """What a kill leaves behind: OUT.partial with some samples marked as done, which are not drawn again."""
     images, labels = samples(runs, "--batch", 32)
-    command = ["--ckpt", "runs/one", "--num", 70, "--steps", 6, "--w-nag", 1, "--precision", "fp32", "--out", "cut.npz"]
+    command = ["--ckpt", "runs/one", "--num", 70, "--steps", 6, "--w-nag", 1, "--precision", "fp32", "--batch", 10, "--out", "cut.npz"]
     full = script("sample.py", *command, cwd=runs, preexec_fn=limit_file_size)           # fails while it joins the parts
     assert full.returncode == 2 and "Traceback" not in full.stderr and "sample.py: cut.npz: File too large" in full.stderr
     work = runs / "cut.npz.partial"
     assert work.is_dir() and not (runs / "cut.npz").exists()
     done = np.load(work / "arr_1.npy", mmap_mode="r+")
     pixels = np.load(work / "arr_0.npy", mmap_mode="r+")
-    done[10:] = -1
-    pixels[:10], pixels[10:] = 7, 0                               # finished ones are kept as they are, the rest is drawn
+    done[15:] = -1
+    pixels[:10], pixels[10:] = 7, 0                               # finished batches are kept as they are, the rest is drawn
     done.flush(), pixels.flush()
     assert script("sample.py", *command, cwd=runs).returncode == 0
     with np.load(runs / "cut.npz") as file:
@@ -1223,6 +1223,208 @@ print('peak', max(peak))"""
     reading, drawing = map(float, re.search(r"rate (\S+) (\S+)", done.stdout).groups())
     model = 16 * 33                                               # weights, average and two moments, in MB
     assert reading > 20_000 and int(re.search(r"peak (\d+)", done.stdout)[1]) < 2000 + model, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing is lost: kills, locks, damaged files, diverging runs, full disks
+
+
+def start(name, *args, cwd, **options):
+    return subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], cwd=cwd, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def until(run, happened, seconds=60):
+    """Wait until something happened, or the process ended; whether it is still running."""
+    end = time.monotonic() + seconds
+    while run.poll() is None and not happened() and time.monotonic() < end:
+        time.sleep(0.002)
+    return run.poll() is None
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(runs):
+    command = ["--steps", 4000, *SMALL, "--ckpt-every", 5, "--out", "runs/locked"]
+    first = start("train.py", *command, cwd=runs)
+    assert until(first, lambda: len(train.checkpoints(runs / "runs/locked")) > 0)
+    second = script("train.py", *command, cwd=runs)
+    assert second.returncode == 2 and "train.py: another process is writing runs/locked" in second.stderr
+    shown = script("sample.py", "--ckpt", "runs/locked", "--num", 1, "--steps", 2, "--out", "shown.png", cwd=runs)
+    assert shown.returncode == 0, shown.stderr                    # a running run can be sampled
+    first.kill()
+    first.communicate()
+    step = int(train.checkpoints(runs / "runs/locked")[-1].stem)
+    after = script("train.py", *command, "--steps", step + 1, cwd=runs)
+    assert after.returncode == 0, after.stderr
+
+
+def killed_and_continued(folder, kills, steps, rng, every=7):
+    """Train with SIGKILLs at random moments, every third aimed into the writing of a checkpoint; its last state is an unbroken run's."""
+    command = ["--model", "SiT-Ti/2", *SMALL, "--ckpt-every", every, "--keep", 2, "--out", "runs/killed"]
+    done = 0
+    for k in range(kills):
+        run = start("train.py", "--steps", 10**6, *command, cwd=folder)
+        log = folder / "runs/killed/log.jsonl"
+        before = log.stat().st_size if log.exists() else 0
+        writing = lambda: any((folder / "runs/killed/checkpoints").glob(".*.tmp"))
+        until(run, lambda: log.exists() and log.stat().st_size > max(before, 1))
+        if k % 3 == 2:
+            until(run, writing)
+        else:
+            time.sleep(rng.random() * 1.5)
+        run.kill()
+        _, err = run.communicate()
+        assert run.returncode == -signal.SIGKILL and "Traceback" not in err, err
+        found = train.checkpoints(folder / "runs/killed")
+        assert not found or len(found) <= 3                       # --keep, and one that was not yet removed
+        done = int(found[-1].stem) if found else 0
+    end = done + steps
+    assert script("train.py", "--steps", end, *command, cwd=folder).returncode == 0
+    assert script("train.py", "--steps", end, *command[:-1], "runs/unbroken", cwd=folder).returncode == 0
+    for part in ("model", "ema", "opt"):
+        assert_same(state(folder / "runs/killed", end)[part], state(folder / "runs/unbroken", end)[part])
+    assert np.array_equal(losses(folder / "runs/killed"), losses(folder / "runs/unbroken")) and len(losses(folder / "runs/killed")) == end
+    assert not list((folder / "runs/killed").rglob(".*.tmp")) and len(train.checkpoints(folder / "runs/killed")) == 2
+
+
+def test_a_run_killed_now_and_then_ends_as_an_unbroken_one(tmp_path):
+    killed_and_continued(tmp_path, 3, 5, np.random.default_rng(0))
+
+
+@slow
+def test_a_run_killed_thirty_times_ends_as_an_unbroken_one(tmp_path):
+    killed_and_continued(tmp_path, 30, 20, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=slow)])
+def test_sampling_that_is_killed_gives_the_same_file(runs, kills):
+    command = ["--ckpt", "runs/one", "--num", 600, "--steps", 30, "--precision", "fp32", "--batch", 16, "--w-nag", 1]
+    rng, work, name = np.random.default_rng(0), runs / f"kill{kills}.npz.partial/arr_1.npy", f"kill{kills}.npz"
+    count = lambda: (np.fromfile(work, np.int64)[-600:] >= 0).sum() if work.exists() else 0
+    for k in range(kills):
+        before = count()
+        run = start("sample.py", *command, "--out", name, cwd=runs)
+        running = until(run, lambda: count() > before)
+        time.sleep(rng.random() * 0.2)
+        run.kill()
+        run.communicate()
+        if not running:
+            break
+    assert k >= 1 and count() >= 32
+    for out in (name, "whole.npz"):
+        assert script("sample.py", *command, "--out", out, cwd=runs).returncode == 0
+    assert (runs / name).read_bytes() == (runs / "whole.npz").read_bytes()
+
+
+@slow
+def test_encoding_that_is_killed_ten_times_gives_the_same_cache(studio):
+    command = [*LATENT, "--image-size", 32, "--model", "SiT-S/2", "--steps", 1, "--ckpt-every", 9]
+    shutil.copytree(studio / "photos", studio / "many/first")
+    for i in range(8):
+        shutil.copytree(studio / "photos", studio / f"many/copy{i}")
+    command[command.index("photos")] = "many"
+    rng, labels = np.random.default_rng(0), studio / "broken-off/labels.npy"
+    count = lambda: (np.fromfile(labels, np.int64)[-216:] >= 0).sum() if labels.exists() else 0
+    for k in range(10):
+        before = count()
+        run = start("train.py", *command, "--latents", "broken-off", "--out", "runs/broken-off", cwd=studio)
+        assert until(run, lambda: count() > before)
+        time.sleep(rng.random() * 0.1)
+        run.kill()
+        run.communicate()
+    for name in ("broken-off", "unbroken"):
+        done = script("train.py", *command, "--latents", name, "--out", f"runs/{name}", cwd=studio)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(cache(studio / "broken-off"), cache(studio / "unbroken")):
+        assert np.array_equal(a, b)
+
+
+@slow
+def test_a_rank_that_dies_takes_the_run_back_to_its_last_checkpoint(tmp_path):
+    command = ["--steps", 60, *SMALL, "--ckpt-every", 10]
+    port = str(22_000 + os.getpid() % 20_000)
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3", "--master-port", port,
+                            str(HERE / "train.py"), *map(str, command), "--out", "died"], cwd=tmp_path, env=environment(),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert until(run, lambda: len(train.checkpoints(tmp_path / "died")) > 1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err
+    done = script("train.py", *command, "--out", "lived", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for part in ("model", "ema", "opt"):
+        assert_same(state(tmp_path / "died", 60)[part], state(tmp_path / "lived", 60)[part])
+    assert np.array_equal(losses(tmp_path / "died"), losses(tmp_path / "lived"))
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(runs):
+    shutil.copytree(runs / "runs/one", runs / "runs/flipped")
+    newest = runs / "runs/flipped/checkpoints/0000020.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1                                     # one bit of a weight
+    newest.write_bytes(data)
+    done = script("train.py", "--steps", 20, *SMALL, "--ckpt-every", 10, "--out", "runs/flipped", cwd=runs)
+    assert done.returncode == 0 and "0000020.pt is damaged" in done.stdout and "going on from runs/flipped/checkpoints/0000010.pt" in done.stdout, done.stderr
+    for part in ("model", "ema", "opt"):
+        assert_same(state(runs / "runs/flipped", 20)[part], state(runs / "runs/one", 20)[part])
+    assert newest.with_suffix(".pt.damaged").read_bytes() == data and np.array_equal(losses(runs / "runs/flipped"), losses(runs / "runs/one"))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    """Against the same steps without it; the moments and their count stay, too."""
+    s = dict(batch=4, precision="fp32", interpolant="linear", lr=1e-2, warmup=0, ema=0.99, micro_batch=2, compile=False)
+    rng, ends = torch.Generator().manual_seed(0), []
+    batches = [[torch.randn(4, 3, 8, 8, generator=rng), torch.arange(4), torch.rand(4, generator=rng), torch.randn(4, 3, 8, 8, generator=rng),
+                torch.zeros(4, dtype=torch.bool)] for _ in range(4)]
+    broken = [part.clone() for part in batches[1]]
+    broken[0][3, 0, 0, 0] = math.nan
+    for bad in (None, broken):
+        trainer = train.Trainer(tiny().requires_grad_(True), s.copy(), torch.device("cpu"))
+        for number, batch in ((1, batches[0]), (2, bad), (3, batches[2]), (4, batches[3])):
+            if batch:
+                loss, skipped = trainer.step(batch, number).tolist()
+                assert skipped == (batch is broken) and math.isfinite(loss) == (batch is not broken)
+        ends.append((trainer.model.state_dict(), trainer.ema.state_dict(), trainer.optimizer.state_dict()))
+    assert_same(*ends)
+    assert all(value["step"] == 3 for value in ends[1][2]["state"].values())
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(runs):
+    shutil.copytree(runs / "runs/one", runs / "runs/diverged")
+    checkpoint = state(runs / "runs/diverged", 20)
+    for group in checkpoint["opt"]["param_groups"]:
+        group["lr"] = 1e30
+    checkpoint["settings"] |= {"warmup": 0, "lr": 1e30}
+    with train.replacing(runs / "runs/diverged/checkpoints/0000020.pt") as file:         # the old one is still mapped
+        torch.save(checkpoint, file)
+    done = script("train.py", "--steps", 200, "--ckpt-every", 7, "--out", "runs/diverged", cwd=runs)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("train.py: ten steps in a row up to ") and "Traceback" not in done.stderr
+    last = train.checkpoints(runs / "runs/diverged")[-1]
+    assert str(last.relative_to(runs)) in line
+    assert all(value.isfinite().all() for value in models.load_file(last)["model"].values())
+    log = [json.loads(text) for text in (runs / "runs/diverged/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
+    assert all(entry.get("skipped") and entry["loss"] is None for entry in log[-10:]) and len(log) < 60
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "latents"])
+def test_a_full_disk_names_the_file_and_spares_the_others(runs, studio, what):
+    """No file may grow beyond what the last checkpoint took but for a little, or beyond one byte less than the moments need."""
+    folder, limit = (runs, 1_000_000) if what == "checkpoint" else (studio, 20_000)
+    def small():
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if what == "checkpoint":
+        shutil.copytree(runs / "runs/one", runs / "runs/full")
+        done = script("train.py", "--steps", 40, *SMALL, "--ckpt-every", 10, "--out", "runs/full", cwd=folder, preexec_fn=small)
+        word = "runs/full/checkpoints/0000030.pt"
+        assert state(runs / "runs/full", 20)["step"] == 20 and not list((runs / "runs/full").rglob(".*.tmp"))
+    else:
+        done = script("train.py", *LATENT, "--model", "SiT-S/2", "--steps", 1, "--latents", "full", "--out", "runs/full", cwd=folder, preexec_fn=small)
+        word = "full/moments.npy"
+    assert done.returncode == 2 and word in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -30,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -84,6 +86,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
 def one_line_errors(main):
     """Run `main`, ending with one line for what the file system refuses (no space, no permission, a folder gone)."""
+    sys.stdout.reconfigure(errors="backslashreplace")             # file names need not be text
     try:
         main()
     except OSError as error:
@@ -361,6 +364,22 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
+LOCKS = {}                                                        # open files by name: each lock is held until its process ends
+
+
+def lock(path, what):
+    """Be the only writer of `what`, by a lock on the file `path`; stops when another process is. Of several ranks, the first locks."""
+    path = Path(path)
+    if RANK == 0 and path not in LOCKS:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)      # of this process alone: the kernel lets go of it however that ends
+        except (BlockingIOError, PermissionError):
+            stop(f"another process is writing {what}; wait for it, or give another --out")
+        LOCKS[path] = file
+
+
 def checkpoints(out):
     """The checkpoint files of a run, oldest first."""
     return sorted((path for path in Path(out, "checkpoints").glob("*.pt") if path.stem.isdecimal()), key=lambda path: int(path.stem))
@@ -548,6 +567,14 @@ def read_note(folder):
     return note
 
 
+def allocate(path, dtype, shape):
+    """An .npy file of zeros, which takes its space only as it is filled."""
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_at(file, array, offset):
     """Write an array's bytes at a place of an open file."""
     left = memoryview(np.ascontiguousarray(array)).cast("B")
@@ -588,6 +615,7 @@ def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
     note = {"data": data, "image_size": source.image_size, "images": N, "names": source.fingerprint(data), "classes": source.classes,
             "vae": vae_name, "weights": models.fingerprint(vae), "finished": False}
     files = {"moments.npy": (np.float16, (N, 2, 2 * models.VAE.channels, side, side)), "labels.npy": (np.int64, (N,))}
+    lock(folder / ".lock", f"the latents in {folder}")
     if RANK == 0:
         try:
             there = read_note(folder)
@@ -599,8 +627,8 @@ def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
         needed = N * (2 * 2 * models.VAE.channels * side * side * 2 + 8)
         if not there:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, (dtype, shape) in files.items():            # sparse files: they take their space as they are filled
-                np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
+            for name, (dtype, shape) in files.items():
+                allocate(folder / name, dtype, shape)
             with open(folder / "labels.npy", "r+b") as file:
                 write_at(file, np.full(N, TO_DO), open_array(folder / "labels.npy").offset)
         taken = sum((folder / name).stat().st_blocks * 512 for name in files)
@@ -842,10 +870,10 @@ class Trainer:
         self.work = 3 * model.flops()                             # per image: the backward pass costs two forward passes
 
     def step(self, batch, number, interrupted=lambda: False):
-        """Step `number` (from 1) with this rank's part of a batch; the mean loss of it, (), or None where it was interrupted.
+        """Step `number` (from 1) with this rank's part of a batch: (2,), its mean loss, and 1 where the step was skipped; None where it was interrupted.
 
-        The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange them during the last. Nothing here
-        waits for the device.
+        The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange them during the last. A loss or
+        gradient that is not finite, on any rank, leaves weights, moments and average as they were. Nothing here waits for the device.
         """
         s, (images, y, t, eps, drop_noise) = self.s, (part.to(self.device, non_blocking=True) for part in batch)
         loss_sum = torch.zeros((), device=self.device)
@@ -862,11 +890,18 @@ class Trainer:
         if s["warmup"]:
             for group in self.optimizer.param_groups:
                 group["lr"] = s["lr"] * min(number / s["warmup"], math.sqrt(s["warmup"] / number))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():                                     # the average starts short: of 10 % of the run so far
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - min(s["ema"], number / (number + 9)))
-        return loss_sum
+        with torch.no_grad():
+            norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            skipped = 1 - (torch.stack(norms).sum() + loss_sum).isfinite().float()
+            if WORLD > 1:
+                dist.all_reduce(skipped, dist.ReduceOp.MAX)
+            self.optimizer.found_inf, self.optimizer.grad_scale = skipped, None          # the fused AdamW reads this on the device
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            weight = (1 - min(s["ema"], number / (number + 9))) * (1 - skipped)          # the average starts short: of 10 % of the run so far
+            average = list(self.ema.parameters())
+            torch._foreach_lerp_(average, list(self.model.parameters()), [weight] * len(average))
+        return torch.stack([loss_sum, skipped])
 
 
 def synthetic(name, image_size=None):
@@ -931,6 +966,29 @@ def peak_memory(device):
     return round(used / 1e9, 2)
 
 
+def last_good(out):
+    """The newest checkpoint of a run that is whole, None where none was written. Damaged ones are reported and renamed; nothing else is lost."""
+    damaged = []
+    for path in reversed(checkpoints(out)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if wrong := archive.testzip():                    # reads it all: a flipped bit is not to be trained on
+                    raise ValueError(f"{path} is damaged ({wrong})")
+            checkpoint = models.load_file(path)
+            missing = {"model", "ema", "opt", "step", "settings"} - checkpoint.keys()
+            if missing or type(checkpoint["step"]) is not int or not isinstance(checkpoint["settings"], dict):
+                raise ValueError(f"{path} is no checkpoint of train.py{f': it lacks {sorted(missing)}' if missing else ''}")
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            damaged.append((path, error))
+            continue
+        for bad, error in damaged:
+            print(f"{bad} is damaged ({error}) and now named .damaged; going on from {path}", flush=True)
+            bad.rename(bad.with_suffix(".pt.damaged"))
+        return path
+    if damaged:
+        stop(f"cannot go on from {damaged[0][0]}: {damaged[0][1]}; remove it, or give another --out")
+
+
 def main():
     given = arguments()
     for name in {"data", "latents"} & given.keys():
@@ -944,12 +1002,11 @@ def main():
         return benchmark(given, device)
 
     # What to do: the command's settings, and the state of the run where one was begun
-    saved = checkpoints(out)
-    try:
-        checkpoint = models.load_file(saved[-1]) if saved else {"settings": {}, "step": 0}
-        start, s = int(checkpoint["step"]), dict(checkpoint["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        stop(f"cannot go on from {saved[-1]}: {error}; remove it, or give another --out")
+    if out.exists():
+        lock(out / ".lock", out)
+    saved = agree(last_good(out) if RANK == 0 else None)
+    checkpoint = models.load_file(saved) if saved else {"settings": {}, "step": 0}
+    start, s = checkpoint["step"], dict(checkpoint["settings"])
     init, of_init = None, None
     if "init" in given and not start:
         source = given["init"]
@@ -991,8 +1048,8 @@ def main():
     ema, optimizer, work = trainer.ema, trainer.optimizer, trainer.work
     if start:
         try:
-            models.load_weights(model, checkpoint["model"], saved[-1])
-            models.load_weights(ema, checkpoint["ema"], saved[-1])
+            models.load_weights(model, checkpoint["model"], saved)
+            models.load_weights(ema, checkpoint["ema"], saved)
             optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))      # a copy in memory: the file is mapped
         except (ValueError, KeyError) as error:
             stop(error)
@@ -1028,8 +1085,9 @@ def main():
                 with replacing(target) as file:
                     torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
                                 "step": step, "settings": s}, file)
-            except RuntimeError as error:                         # so torch.save reports a full disk
-                stop(f"cannot write {target}: {error}")
+            except RuntimeError:                                  # so torch.save reports a full disk
+                bar.close()
+                stop(f"cannot write {target}: is the disk full? The checkpoints before it are whole")
             for old in checkpoints(out)[:-s["keep"]] if s["keep"] else ():
                 old.unlink()
 
@@ -1043,13 +1101,16 @@ def main():
                 sample_grid(ema, trainer.path, s, device, trainer.autocast, vae).save(file, "png")
 
     log = None
+    lock(out / ".lock", out)
     if RANK == 0:                                                 # the log up to where we stand; the rest is repeated
-        out.mkdir(parents=True, exist_ok=True)
+        for leftover in (*out.glob("*/.*.tmp"), *out.glob(".*.tmp")):
+            leftover.unlink()                                     # of a writer that was killed
         lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() and start else []
         with replacing(out / "log.jsonl") as file:
             file.writelines(f"{line}\n".encode() for line in lines[:start])
         log = open(out / "log.jsonl", "a")
 
+    in_a_row = 0
     bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
     losses, since, step = [], time.perf_counter(), start
     decoding = models.VAE.decode_flops * s["image_size"]**2 if data.latent else 0
@@ -1072,11 +1133,21 @@ def main():
                 dist.all_reduce(values)
             values = (values / WORLD).tolist()
             took, since = time.perf_counter() - since, time.perf_counter()
-            speed = s["batch"] * len(values) / took
-            bar.set_postfix_str(f"loss {sum(values) / len(values):.4f}, {speed:.0f} images/s, MFU {speed * work / rate:.0%}")
+            speed, good = s["batch"] * len(values) / took, [loss for loss, skipped in values if not skipped]
+            bar.set_postfix_str(f"loss {sum(good) / len(good) if good else math.nan:.4f}, {speed:.0f} images/s, MFU {speed * work / rate:.0%}")
+            for number, (loss, skipped) in enumerate(values, step - len(values) + 1):
+                in_a_row = in_a_row + 1 if skipped else 0
+                if log:
+                    log.write(json.dumps({"step": number, "loss": None if skipped else loss, "images_per_s": round(speed, 1),
+                                          **({"skipped": True} if skipped else {})}) + "\n")
+                if skipped and RANK == 0:
+                    bar.write(f"step {number} was skipped: its loss or gradient is not finite")
+                if in_a_row == 10:
+                    bar.close()
+                    kept = [path for path in checkpoints(out)]
+                    stop(f"ten steps in a row up to {number} had no finite loss or gradient; the last good checkpoint is {kept[-1] if kept else 'none'}; "
+                         "start anew with a lower --lr and another --out")
             if log:
-                log.writelines(json.dumps({"step": step - len(values) + 1 + i, "loss": value, "images_per_s": round(speed, 1)})
-                               + "\n" for i, value in enumerate(values))
                 log.flush()
             losses = []
         if saving and step > start:

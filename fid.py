@@ -16,9 +16,11 @@ images are compared by their features' distributions:
 Either side is an .npz with arr_0 (N, H, W, 3) uint8, a folder of images, an .npz of statistics (mu, sigma, mu_s, sigma_s), or
 `shapes`. Images are read in a stream; memory holds the features.
 """
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import zipfile
 import zlib
@@ -32,8 +34,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import models
-from train import (RANK, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, centre_crop, generator, ignore_signals, join_ranks,
-                   number, one_line_errors, rank_0_first, read_image, replacing, stop)
+from train import (RANK, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, agree, centre_crop, generator, ignore_signals,
+                   join_ranks, lock, number, one_line_errors, rank_0_first, read_image, replacing, stop, write_at)
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -297,7 +299,7 @@ def precision_recall(real, fake, k=3, device="cpu", progress=False):
 class Source:
     """One side of the comparison: images, or statistics of them, or both.
 
-    images(batch) gives arrays (n, H, W, 3) uint8; `num` is how many, `size` their (height, width), `statistics` holds what of
+    images(batch, start) gives arrays (n, H, W, 3) uint8 from number `start` on; `num` is how many, `size` their (height, width), `statistics` holds what of
     mu, sigma, mu_s, sigma_s, pool the file has, and `network` whose features those are. Raises ValueError for bad input.
     """
 
@@ -318,14 +320,19 @@ class Source:
         else:
             raise ValueError(f"no file or folder {name}; give an .npz, a folder of images, or shapes")
 
-    def drawn(self, batch):
+    def stamp(self):
+        """What says that these are the same images as before."""
+        files = [] if self.name == "shapes" else self.files if Path(self.name).is_dir() else [self.name]
+        return repr([self.name, self.num, self.size, self.crop, getattr(self, "seed", None), [(file, os.stat(file).st_mtime_ns) for file in files]])
+
+    def drawn(self, batch, start):
         data = Shapes(self.size[0], self.seed)
-        for i in range(0, self.num, batch):
+        for i in range(start, self.num, batch):
             yield data.images(range(data.held_out + i, data.held_out + min(i + batch, self.num)))[0].transpose(0, 2, 3, 1)
 
-    def read(self, batch):
+    def read(self, batch, start):
         workers = min(4, os.cpu_count()) if self.num > batch else 0
-        for images in torch.utils.data.DataLoader(FileBatches(self.files, self.size, batch, self.crop), batch_size=None, num_workers=workers,
+        for images in torch.utils.data.DataLoader(FileBatches(self.files[start:], self.size, batch, self.crop), batch_size=None, num_workers=workers,
                                                   worker_init_fn=ignore_signals):
             if isinstance(images, ValueError):
                 raise images
@@ -370,12 +377,14 @@ class Source:
         if not self.num and not self.statistics:
             raise ValueError(f"{self.name} holds neither images (arr_0) nor statistics (mu, sigma), only {', '.join(headers) or 'nothing'}")
 
-    def stream(self, batch):
+    def stream(self, batch, start):
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
                 _, dtype, fortran = read_header(file)
                 each = self.size[0] * self.size[1] * 3
-                for i in range(0, self.num, batch):
+                for i in range(0, start, batch):
+                    file.read(batch * each)
+                for i in range(start, self.num, batch):
                     n = min(batch, self.num - i)
                     data = file.read(n * each)
                     if len(data) < n * each:
@@ -386,8 +395,13 @@ class Source:
 
 
 def read_header(file):
-    version = np.lib.format.read_magic(file)
-    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        raise
+    except Exception as error:  # numpy raises a dozen kinds for damaged headers
+        raise ValueError(f"an array's header is damaged ({' '.join(str(error).split())[:80]}); make the file again") from None
     return shape, dtype, fortran
 
 
@@ -431,16 +445,26 @@ class FileBatches(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def features(source, network, batch, device, keep=(True, True, True)):
+def features(source, network, batch, device, keep=(True, True, True), place=None):
     """The network's features of all images of a source, on rank 0: float32 arrays (N, D), of which only `keep` are kept.
 
-    Batch after batch is read by all ranks, goes through the network of one of them, and is sent to rank 0.
+    Batch after batch is read by all ranks, goes through the network of one of them, and is sent to rank 0. In the folder `place`,
+    if one is given, they are written as they come, and found by the next start.
     """
     widths = [width if kept else 0 for width, kept in zip(network.widths, keep)]
     out = np.empty((source.num if RANK == 0 else 0, sum(widths)), np.float32)
-    filled = 0
-    with tqdm(total=source.num, desc=source.name[-30:], unit="image", disable=RANK != 0, dynamic_ncols=True) as bar:
-        batches = source.images(batch)
+    filled, file = 0, None
+    if place and RANK == 0:
+        lock(place / ".lock", place)
+        of = hashlib.sha256(repr([source.stamp(), type(network).__name__, models.fingerprint(network), widths, batch]).encode(errors="surrogateescape"))
+        (name := place / f"{of.hexdigest()[:16]}.f32").touch()
+        file = open(name, "r+b", buffering=0)
+        filled = min(source.num, file.seek(0, os.SEEK_END) // out[:1].nbytes // batch * batch)       # whole batches
+        file.truncate(filled * out[:1].nbytes)
+        out[:filled] = np.fromfile(name, np.float32).reshape(filled, out.shape[1])
+    filled = agree(filled)
+    with tqdm(total=source.num, initial=filled, desc=source.name[-30:], unit="image", disable=RANK != 0, dynamic_ncols=True) as bar:
+        batches = source.images(batch, filled)
         while filled < source.num:
             turn = [images for _, images in zip(range(WORLD), batches)]           # one for each rank
             mine = turn[RANK] if RANK < len(turn) else turn[0][:0]
@@ -457,6 +481,8 @@ def features(source, network, batch, device, keep=(True, True, True)):
             for rank, images in enumerate(turn):
                 if RANK == 0:
                     out[filled:filled + len(images)] = gathered[rank][:len(images)].numpy()
+                    if file:
+                        write_at(file, out[filled:filled + len(images)], filled * out[:1].nbytes)
                 filled += len(images)
                 bar.update(len(images))
     return np.split(out, np.cumsum(widths)[:2], axis=1)
@@ -478,7 +504,7 @@ def arguments():
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank (default: 64)")
     add("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
     add("--weights", metavar="FILE", help="the Inception weights, if they cannot be downloaded")
-    add("--json", metavar="FILE", help="write the numbers to a file, too")
+    add("--json", metavar="FILE", help="write the numbers to a file, too; features that are done are then kept in FILE.partial, for another start")
     add("--save-stats", metavar="FILE", help="keep the reference's statistics and features in an .npz, for REFERENCE next time")
     add("--seed", type=number(int, 0), default=0, help="of the shapes (default: 0)")
     return parser.parse_args()
@@ -493,6 +519,12 @@ def open_network(name, weights, device):
                 models.download(INCEPTION_URL, "give --weights FILE")
         models.load_weights(network, state, weights or INCEPTION_URL)
     return network.eval().requires_grad_(False).to(device)
+
+
+def unfinished(args):
+    """The folder for features until all are there: beside the file that is to be written, if any."""
+    name = args.json or args.save_stats
+    return Path(f"{name}.partial") if name else None
 
 
 def compare(samples, reference, network_name, wanted, args, device):
@@ -522,7 +554,7 @@ def compare(samples, reference, network_name, wanted, args, device):
         parts = [np.empty((0, 0), np.float32)] * 3
         if any(keep) and side.num:
             network = network or open_network(network_name, args.weights, device)
-            parts = features(side, network, args.batch, device, keep)
+            parts = features(side, network, args.batch, device, keep, unfinished(args))
         found[side] = {**side.statistics, **{key: part for key, part in zip(("pool", "spatial", "logits"), parts) if part.size}}
     if RANK:
         return {}, left_out
@@ -611,6 +643,8 @@ def main():
         with replacing(args.json) as file:
             file.write(json.dumps({**values, "features": choice, "samples": samples.name, "reference": reference.name, "num_samples": samples.num,
                                    "num_reference": reference.num, "left_out": left_out}, indent=1).encode())
+    if unfinished(args):
+        shutil.rmtree(unfinished(args), ignore_errors=True)
 
 
 if __name__ == "__main__":

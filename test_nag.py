@@ -8,12 +8,14 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -1427,6 +1429,114 @@ def test_a_full_disk_names_the_file_and_spares_the_others(runs, studio, what):
     assert done.returncode == 2 and word in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
 
 
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("TRAPPED",)
+
+
+def damage(data, others, rng):
+    """A good file's bytes, spoilt in one of seven ways."""
+    data, way = bytearray(data), rng.integers(7)
+    if way == 0:                                                  # flipped bits, anywhere
+        for at in rng.integers(0, len(data), rng.integers(1, 20)):
+            data[at] ^= 1 << rng.integers(8)
+    elif way == 1:                                                # flipped bits where headers and directories are
+        for at in rng.integers(0, min(len(data), 400), rng.integers(1, 8)):
+            data[at if rng.random() < 0.5 else -1 - at] ^= 1 << rng.integers(8)
+    elif way == 2:
+        del data[rng.integers(0, len(data)):]
+    elif way == 3:                                                # another file's beginning
+        other = others[rng.integers(len(others))][:rng.integers(1, 300)]
+        data[:len(other)] = other
+    elif way == 4:                                                # a hole
+        at = rng.integers(0, len(data))
+        data[at:at + 500] = bytes(min(500, len(data) - at))
+    elif way == 5:
+        data += rng.bytes(rng.integers(1, 1000))
+    else:
+        file = io.BytesIO()
+        [lambda: pickle.dump(Trap(), file), lambda: torch.save({"ema": Trap(), "settings": {}}, file), lambda: np.savez(file, arr_0=np.array([Trap()], object)),
+         lambda: np.savez(file, arr_0=rng.random((3, 8, 8, 3))), lambda: np.savez(file, arr_0=np.zeros((2, 2), np.int8), mu=np.zeros((3, 3)))][rng.integers(5)]()
+        data = file.getvalue()
+    return bytes(data)
+
+
+def fuzz(count, seed):
+    """Give `count` spoilt files to the scripts, each in a forked process, in a folder with good ones; print what went wrong."""
+    rng, wrong, ends = np.random.default_rng(seed), [], {}
+    good = {path: path.read_bytes() for path in map(Path, ("good.pt", "reader.pt", "good.npz", "stats.npz", "good.png", "good.jpg", "latents/latents.json",
+                                                             "latents/labels.npy", "latents/moments.npy"))}
+    others = list(good.values())
+    fid_of = lambda a, b: ("fid.py", f"{a} {b} --features random --metrics fid")
+    for case in range(count):
+        path = list(good)[case % len(good)]
+        shutil.rmtree("case", ignore_errors=True)
+        if path.parent.name == "latents":
+            shutil.copytree("latents", "case")
+            spoilt, (name, args) = Path("case", path.name), ("train.py", "--latents case --model SiT-Ti/2 --steps 1 --batch 2 --precision fp32 --workers 0 --out case/run")
+        elif path.suffix in (".png", ".jpg"):
+            shutil.copytree("photos", "case")
+            spoilt, (name, args) = Path("case", path.name), fid_of("case", "stats.npz")
+        elif path.name == "good.pt" and case % 2:
+            spoilt, (name, args) = Path("case/checkpoints/0000020.pt"), ("train.py", "--out case --steps 21")
+        else:
+            spoilt = Path("case", path.name)
+            name, args = {"good.pt": ("sample.py", f"--ckpt {spoilt} --num 1 --steps 2 --precision fp32 --out case/o.png"),
+                          "reader.pt": ("sample.py", f"--ckpt good.pt --estimator {spoilt} --w-nag-classifier 1 --num 1 --steps 2 --precision fp32 --out case/o.png"),
+                          "good.npz": fid_of(spoilt, "stats.npz"), "stats.npz": fid_of("good.npz", spoilt)}[path.name]
+        spoilt.parent.mkdir(parents=True, exist_ok=True)
+        spoilt.write_bytes(damage(good[path], others, rng))
+        if not (child := os.fork()):
+            status = 1
+            signal.alarm(20)
+            output = os.open("output", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1), os.dup2(output, 2)
+            try:
+                sys.argv = [name, *args.split()]
+                train.one_line_errors({"train.py": train, "sample.py": sample, "fid.py": fid}[name].main)
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        _, status, usage = os.wait4(child, 0)
+        code, said = os.waitstatus_to_exitcode(status), Path("output").read_text(errors="replace")
+        last = (said.strip().splitlines() or [""])[-1].split("\r")[-1]
+        fine = code == 0 or code == 2 and last.startswith(f"{name}: ")
+        if not fine or "Traceback" in said or usage.ru_maxrss > 2e6 or Path("TRAPPED").exists():
+            wrong.append((case, name, str(spoilt), code, usage.ru_maxrss, said[-1500:]))
+            shutil.copytree("case", f"wrong/{case}", dirs_exist_ok=True)
+        ends[code] = ends.get(code, 0) + 1
+    print(json.dumps({"ends": ends, "wrong": wrong}))
+
+
+@pytest.mark.parametrize("count", [63, pytest.param(1000, marks=slow)])
+def test_damaged_files_end_in_one_line_or_in_success(runs, count):
+    folder = runs / f"fuzz{count}"
+    (folder / "photos").mkdir(parents=True)
+    shutil.copy(runs / "runs/one/checkpoints/0000020.pt", folder / "good.pt")
+    with train.replacing(folder / "reader.pt") as file:
+        torch.save({"estimator": models.NoiseEstimator(8, 3).state_dict(), "step": 9,
+                    "settings": dict(interpolant="linear", input_size=8, in_channels=3, data="shapes", image_size=8, seed=0)}, file)
+    rng = np.random.default_rng(0)
+    np.savez(folder / "good.npz", arr_0=rng.integers(0, 256, (6, 8, 8, 3), np.uint8), arr_1=np.zeros(6, np.int64))
+    np.savez(folder / "stats.npz", mu=np.zeros(512), sigma=np.eye(512), network="random", size=np.array([8, 8]))
+    for name in ("good.png", "good.jpg", "photos/0.png", "photos/1.png"):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / name)
+    write_latents(folder / "latents", abs(rng.normal(size=(6, 2, 8, 4, 4))).astype(np.float16), np.arange(6) % 2)
+    done = subprocess.run([sys.executable, "-c", f"import test_nag; test_nag.fuzz({count}, 0)"], cwd=folder, env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert not told["wrong"], "\n".join(map(str, told["wrong"][:5]))
+    assert told["ends"]["0"] > count / 20 and told["ends"]["2"] > count / 3, told["ends"]
+    print(told["ends"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # estimator.py: what it makes of readings
 
@@ -1838,6 +1948,30 @@ def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):
     moments, done = compared(sets, "a.npz", "moments.npz", *options)
     assert set(moments["left_out"]) == {"sfid", "precision", "recall"} and "left out: sFID" in done.stdout
     assert moments["fid"] == pytest.approx(whole["fid"], rel=1e-3)
+
+
+def test_features_that_are_done_are_not_computed_again(tmp_path, monkeypatch):
+    """The second start takes the images from where the first broke off, and ends in the same features to the bit."""
+    monkeypatch.setattr(fid, "lock", lambda *args: None)
+    np.savez(tmp_path / "set.npz", arr_0=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8))
+    network, started = fid.RandomFeatures().eval(), []
+    def run(place, end=99):
+        source = fid.Source(str(tmp_path / "set.npz"), None, 0)
+        def images(batch, start):
+            started.append(start)
+            for i, part in enumerate(source.stream(batch, start)):
+                if start + i * batch >= end:
+                    raise KeyboardInterrupt
+                yield part
+        source.images = images
+        return fid.features(source, network, 8, torch.device("cpu"), (True, False, False), place)[0]
+    (tmp_path / "work").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "work", end=24)
+    with open(next((tmp_path / "work").iterdir()), "ab") as file:
+        file.write(b"half a row")
+    assert np.array_equal(run(tmp_path / "work"), run(None)) and started == [0, 24, 0]
+    assert np.array_equal(run(tmp_path / "work"), run(None)) and started[3] == 48          # whole batches are kept; the last was none
 
 
 @pytest.mark.parametrize("count", [4000, pytest.param(50_000, marks=slow)])

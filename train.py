@@ -547,7 +547,9 @@ def open_array(path):
     """An .npy file, mapped into memory to read; raises ValueError where it is none."""
     try:
         return np.lib.format.open_memmap(path, "r")
-    except (ValueError, EOFError, OverflowError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises a dozen kinds for damaged headers
         raise ValueError(f"{path} is no readable .npy ({' '.join(str(error).split())[:80]}); encode again") from None
 
 

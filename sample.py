@@ -363,7 +363,7 @@ def benchmark(args, device):
     network, sampler.model = sampler.model, counted
     rates, steps, rows = [], args.steps, {}
     for repeat in range(1 + rounds):                              # the first warms up; then the kinds take turns
-        rates.append(matmul_rate(device, dtype, 1))
+        rates.append(matmul_rate(device, dtype, 0.5))
         args.steps = 2 if repeat == 0 else steps
         for kind, (args.w_nag, args.cfg_scale, args.nag_interval) in kinds.items():
             asked[kind] = 0

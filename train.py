@@ -26,6 +26,7 @@ import json
 import math
 import mmap
 import os
+import re
 import resource
 import shutil
 import signal
@@ -942,7 +943,7 @@ def timed(step, images, work, device, dtype, seconds=5):
     """What --benchmark reports of step(number), which takes `images` of `work` FLOP each, on all ranks together."""
     for number in range(1, 4):                                    # compiling, and memory that is taken for the first time
         step(number)
-    rate, count = matmul_rate(device, dtype, 1), 0
+    rate, count = matmul_rate(device, dtype, 0.5), 0
     synchronize(device)
     start = time.perf_counter()
     while count < 3 or agree(time.perf_counter() - start < seconds):
@@ -952,7 +953,7 @@ def timed(step, images, work, device, dtype, seconds=5):
             synchronize(device)
     synchronize(device)
     took = time.perf_counter() - start
-    rate = WORLD * (rate + matmul_rate(device, dtype, 1)) / 2     # the yardstick, before and after
+    rate = WORLD * (rate + matmul_rate(device, dtype, 0.5)) / 2     # the yardstick, before and after
     return {"device": device_name(device), "images_per_s": round(count * images / took, 2), "flops_per_image": work,
             "flops": round(count * images * work / took), "matmul_flops": round(rate), "mfu": round(count * images * work / took / rate, 4),
             "peak_memory_gb": peak_memory(device)}
@@ -964,8 +965,13 @@ def device_name(device):
 
 def peak_memory(device):
     """The most that this rank has used, in GB: of the GPU's memory, or of the machine's."""
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return round(used / 1e9, 2)
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    elif Path("/proc/self/status").exists():                      # ru_maxrss would count what stood in the process's place before it
+        used = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(used / 1e9, 3)
 
 
 def last_good(out):

@@ -1449,7 +1449,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(runs):
 @pytest.mark.parametrize("what", ["checkpoint", "latents"])
 def test_a_full_disk_names_the_file_and_spares_the_others(runs, studio, what):
     """No file may grow beyond what the last checkpoint took but for a little, or beyond one byte less than the moments need."""
-    folder, limit = (runs, 1_000_000) if what == "checkpoint" else (studio, 20_000)
+    folder, limit = (runs, 1_000_000) if what == "checkpoint" else (studio, 10_000)
     def small():
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -353,7 +353,7 @@ class VAE(nn.Module):
     """The Stable Diffusion AutoencoderKL; parameter names are those of the published file. It is used here, never trained.
 
     Latents are scaled by 0.18215, so that they have about unit variance. Works through a batch in chunks of as many images
-    as have `pixels` pixels (8 of 256×256, about 3 GB in fp32).
+    as have `pixels` pixels (8 of 256×256: less than 2 GB in fp32).
     """
 
     factor, channels, scale, pixels = 8, 4, 0.18215, 2**19

@@ -38,7 +38,6 @@ def sampling_arguments(add, several=False):
     pair_of = {"action": "append"} if several else {}
     add("--ckpt", metavar="PATH", help=f"checkpoint, folder of a run, or the published {', '.join(models.PUBLISHED)} (default: the newest below runs)")
     add("--model", choices=models.MODELS, metavar="NAME", help="for a checkpoint of DiT's or SiT's own code that does not say what it holds")
-    add("--vae", metavar="FILE", help="weights of Stable Diffusion's VAE (default: those the model was trained with, or downloaded)")
     add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0, which is neutral)", **one_of)
     add("--cfg-scale", type=number(float), default=1.0, metavar="S", help="scale of CFG (default: 1, which is neutral)", **one_of)
     add("--w-nag-classifier", type=number(float), metavar="W",
@@ -66,6 +65,7 @@ def arguments():
     add = parser.add_argument
     sampling_arguments(add)
     add("--estimator", metavar="FILE", help="the noise estimator of --w-nag-classifier, from: python estimator.py train")
+    add("--vae", metavar="FILE", help="weights of Stable Diffusion's VAE (default: those the model was trained with, or downloaded)")
     add("--num", "--num-samples", type=number(int, 1), default=32, metavar="N",
         help="number of images (default: 32); behind torchrun, which takes --num for one of its own options, say --num-samples")
     add("--batch", type=number(int, 1), default=64, metavar="N", help="images at a time on each rank (default: 64)")
@@ -237,13 +237,13 @@ def write_npz(sampler, out, settings):
 
 def open_checkpoint(name, model=None):
     """The checkpoint that --ckpt names (None: the newest), its model and its settings."""
-    ckpt = name if name in models.PUBLISHED else Path(name) if name else agree(newest_checkpoint() if RANK == 0 else None)
-    if ckpt == name:
-        pass
-    elif ckpt.is_dir():
-        if not checkpoints(ckpt):
-            stop(f"no checkpoints in {ckpt}/checkpoints; train some with: python train.py --out {ckpt}")
-        ckpt = agree(checkpoints(ckpt)[-1])
+    ckpt = name or agree(newest_checkpoint() if RANK == 0 else None)
+    if ckpt not in models.PUBLISHED:
+        ckpt = Path(ckpt)
+        if ckpt.is_dir():
+            if not checkpoints(ckpt):
+                stop(f"no checkpoints in {ckpt}/checkpoints; train some with: python train.py --out {ckpt}")
+            ckpt = agree(checkpoints(ckpt)[-1])
     try:
         with rank_0_first():
             return ckpt, *models.from_checkpoint(ckpt, model)
@@ -358,7 +358,7 @@ def benchmark(args, device):
     dtype, took = torch.bfloat16 if args.precision == "bf16" else torch.float32, {kind: [] for kind in kinds}
     asked = {}                                                    # branches that a whole run asks for
     def counted(x, *rest, **options):
-        asked[kind] = asked.get(kind, 0) + len(x) / args.batch
+        asked[kind] += len(x) / args.batch
         return network(x, *rest, **options)
     network, sampler.model = sampler.model, counted
     rates, steps, rows = [], args.steps, {}

@@ -1179,6 +1179,7 @@ def test_the_whole_chain_from_photos_and_published_weights_to_the_metrics(studio
     with np.load(studio / "plain.npz") as plain, np.load(studio / "guided.npz") as guided:
         assert guided["arr_0"].shape == (8, 64, 64, 3) and guided["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
         assert abs(plain["arr_0"].astype(int) - guided["arr_0"]).max() > 3
+    ok("sample.py", "--ckpt", "runs/chain", "--num", 2, "--steps", 2, "--guide", "runs/chain", "--guide-scale", 1.5, "--out", "auto.png")     # autoguidance
     assert "FD-random" in ok("fid.py", "guided.npz", "photos", "--crop", 64, "--features", "random")
     ok("estimator.py", "train", "--latents", "chain", "--interpolant", "vp", "--steps", 3, "--batch", 4)
     ok("estimator.py", "measure", "--ckpt", "runs/chain", "--num", 4, "--steps", 4, "--levels", 2, "--w-nag", 0, 1, "--precision", "fp32")
@@ -1200,7 +1201,17 @@ def test_the_whole_chain_from_photos_and_published_weights_to_the_metrics(studio
                        (["train.py", "--vae", "vae.bin", "--out", "x"], "shapes are trained in pixels"),
                        (["train.py", "--init", "runs/one", "--out", "runs/chain", "--latents", "chain"], "started with --init published.pt")):
         assert word in refused(capsys, monkeypatch, studio, *args), args
-    assert not (studio / "x").exists()
+    assert "no finished latents in nowhere" in refused(capsys, monkeypatch, studio, "estimator.py", "train", "--latents", "nowhere")
+    line = refused(capsys, monkeypatch, studio, "train.py", *LATENT, "--image-size", 128, "--init", "published.pt", "--model", "DiT-S/2", "--out", "x")
+    assert "is a model of 64×64 images in latents, not of 128×128 images in latents" in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    line = refused(capsys, monkeypatch, studio, "train.py", *LATENT, "--image-size", 128, "--latents", "narrow", "--out", "x")
+    assert "narrow needs 0.00 GB more" in line and not (studio / "x").exists()
+    def offline(url, *args, **options):
+        raise OSError("no route")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    line = refused(capsys, monkeypatch, studio, "train.py", *LATENT, "--image-size", 512, "--init", "DiT-XL/2", "--out", "x")
+    assert models.PUBLISHED["DiT-XL/2-512"][1] in line and "give it, with --model DiT-XL/2" in line and not (studio / "x").exists()
 
 
 def test_fine_tuning_keeps_what_it_should(runs, capsys, monkeypatch):

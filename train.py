@@ -510,6 +510,8 @@ class Latents:
 
     def __init__(self, folder):
         self.folder, self.note = Path(folder), read_note(folder)
+        if not self.note or not self.note["finished"]:
+            raise ValueError(f"no finished latents in {folder}; give the folder to encode: python train.py --data DIR --latents {folder}")
         labels, size = open_array(self.folder / "labels.npy")[:], self.note["image_size"] // models.VAE.factor
         expected = (self.note["images"], 2, 2 * models.VAE.channels, size, size)
         if self.moments.shape != expected or self.moments.dtype != np.float16 or labels.shape != expected[:1]:
@@ -809,9 +811,10 @@ def resolve(given, out, saved, init, device):
     if in_latents and drawn:
         stop("shapes are trained in pixels; give the --data to encode, or a folder of --latents")
     in_latents = in_latents or not drawn and s["image_size"] >= 256
-    if init and (s["image_size"], in_latents) != (init["image_size"], init["in_channels"] == models.VAE.channels):
-        stop(f"{s['init']} is a model of {init['image_size']}×{init['image_size']} {'pixels' if in_latents else 'images in latents'}, not of "
-             f"{s['image_size']}×{s['image_size']} {'images in latents' if in_latents else 'pixels'}; give --image-size {init['image_size']}, or other data")
+    kind = lambda size, latent: f"{size}×{size} {'images in latents' if latent else 'pixels'}"
+    asked, has = kind(s["image_size"], in_latents), init and kind(init["image_size"], init["in_channels"] == models.VAE.channels)
+    if init and has != asked:
+        stop(f"{s['init']} is a model of {has}, not of {asked}; give --image-size {init['image_size']}, or other data")
     if in_latents:
         s.setdefault("latents", f"runs/latents-{Path(s['data']).name}-{s['image_size']}")
         data = open_latents(s, given, device)
@@ -925,7 +928,7 @@ def synthetic(name, image_size=None):
 def benchmark(given, device):
     """Training steps on a batch that is there already, of the shape of latents (Ti: of shapes); one line of JSON."""
     model, defaults = synthetic(given.get("model", "DiT-XL/2"), given.get("image_size"))
-    s = {"noise_drop": 0.1, "ema": 0.9999, **defaults, "compile": compiles(device), **given}
+    s = {"ema": 0.9999, **defaults, "compile": compiles(device), **given}
     s["precision"] = s.get("precision") or agree(fast_precision(device))
     if s["batch"] % WORLD:
         stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")

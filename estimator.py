@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 import diffusion
 import models
-from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, run_folder, sampling_arguments, settle
+from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, open_vae, run_folder, sampling_arguments, settle
 from train import (PATHS, RANK, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
-                   join_ranks, lock, number, one_line_errors, open_data, replacing, stop, to_float)
+                   is_drawn, join_ranks, lock, number, one_line_errors, open_data, replacing, stop, to_float)
 
 
 def arguments():
@@ -44,7 +44,7 @@ def arguments():
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | measure")
 
     add = commands.add_parser("train", story="Train a noise estimator on real data.", help="train a noise estimator").add_argument
-    add("--data", default="shapes", metavar="DIR", help="folder of images, or shapes (default)")
+    add("--data", default="shapes", metavar="DIR", help="folder of images, or shapes (default), or some of these, shapes:star,cross")
     add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: 16 for shapes, else 32)")
     add("--latents", metavar="DIR", help="in latents, those in this folder, which train.py made, in place of --data")
     add("--interpolant", choices=PATHS, default="linear", help="default: linear")
@@ -66,7 +66,9 @@ def arguments():
     add("--num", "--num-samples", type=number(int, 2), default=1024, metavar="N", help="images for each setting (default: 1024)")
     add("--levels", type=number(int, 1, 999), default=19, metavar="N", help="read at N levels, evenly spaced in t (default: 19)")
     add("--batch", type=number(int, 1), default=256, metavar="N", help="images at a time on each rank (default: 256)")
-    add("--out", metavar="DIR", help="where shift.json and shift.png go (default: <run>/shift)")
+    add("--vae", metavar="FILE", help="for --keep-images of a model in latents, as in sample.py")
+    add("--keep-images", action="store_true", help="keep the images of each setting, too, in an .npz for fid.py")
+    add("--out", metavar="DIR", help="where shift.json, shift.png and images go (default: <run>/shift)")
     return parser.parse_args()
 
 
@@ -155,7 +157,7 @@ def train(args):
     if args.latents and (args.data != "shapes" or args.image_size):
         stop("--latents are of their own data and size; leave out --data and --image-size")
     data = os.path.normpath(args.data)
-    image_size = size = args.image_size or (16 if data == "shapes" else 32)
+    image_size = size = args.image_size or (16 if is_drawn(data) else 32)
     source = open_source(args.latents, data, size, args.seed)
     if source.latent:
         data, image_size, size = source.note["data"], source.note["image_size"], source.moments.shape[-1]
@@ -307,23 +309,24 @@ def nearest(levels, count):
 
 
 def observe(estimator, sampler, num, batch, levels):
-    """t̂ (num, levels) off the sampler's states at these levels, each just before its step; on every rank its own part."""
+    """t̂ (num, levels) off the sampler's states at these levels, each just before its step; and where they lead, uint8 images and labels."""
     mine = np.array_split(np.arange(num), WORLD)[RANK]
-    rows = []
+    rows, drawn = [np.empty((0, len(levels)))], []
     with sampler.bar(len(mine)) as bar:
         for at in range(0, len(mine), batch):
             seen = {}
             def watch(x, t):
                 if t.item() in levels:                            # Heun's rule comes by twice; the second state is the one it keeps
                     seen[t.item()] = estimator(x).mean().double().cpu().numpy()
-            sampler(mine[at:at + batch], bar, watch=watch)
+            drawn.append([part.cpu().numpy() for part in sampler(mine[at:at + batch], bar, watch=watch)])
             rows.append(np.stack([seen[t] for t in levels], 1))
-    rows = np.concatenate(rows) if rows else np.empty((0, len(levels)))
-    if WORLD == 1:
-        return rows
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, rows)
-    return np.concatenate(parts)                                  # in the order of the images
+    parts = [(np.concatenate(rows), drawn)]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, (np.concatenate(rows), drawn))
+    rows, drawn = zip(*parts)                                     # in the order of the images
+    images, labels = zip(*itertools.chain(*drawn))
+    return np.concatenate(rows), np.concatenate(images), np.concatenate(labels)
 
 
 def bootstrap(estimates, rng, times=1000):
@@ -379,7 +382,9 @@ def measure(args):
     args.precision = args.precision or agree(fast_precision(device))
     args.compile = compiles(device) if args.compile is None else args.compile
     settings = combinations(args, ckpt, s)
-    samplers = [Sampler(model, s, setting, list(range(s["num_classes"])), device, classifier, guide) for setting in settings]
+    vae = open_vae(args, s) if args.keep_images else None
+    vae = vae and vae.to(device)
+    samplers = [Sampler(model, s, setting, list(range(s["num_classes"])), device, classifier, guide, vae) for setting in settings]
     out = Path(args.out) if args.out else run_folder(ckpt) / "shift"
     if out.exists() and not out.is_dir():
         stop(f"--out {out} is a file; give the name of a folder")
@@ -394,9 +399,12 @@ def measure(args):
         levels = nearest(visited(sampler), args.levels)
         if not levels:
             stop(f"{walk} visit no level between 0 and 1; give more --steps")
-        estimates = observe(estimator, sampler, args.num, args.batch, levels)
+        estimates, drawn, labels = observe(estimator, sampler, args.num, args.batch, levels)
         if not np.isfinite(estimates).all():
             stop(f"the states of {name}, {walk}, are not finite; lower its weights")
+        if args.keep_images and RANK == 0:
+            with replacing(out / f"{name}, {walk}.npz".replace(", ", "-").replace(" ", "-")) as target:
+                np.savez(target, arr_0=drawn.transpose(0, 2, 3, 1), arr_1=labels)
         results.append((name if same else f"{name}, {walk}", levels, estimates))
     if RANK:
         return
@@ -404,6 +412,9 @@ def measure(args):
     levels = sorted({t for _, at, _ in results for t in at})
     real = {reading.t: reading for reading in calibration(estimator, path, images, levels, device)}
     table = shifts(path, real, results)
+    for setting in table:                                         # where the data outweighs the noise, and NAG should act
+        near_data = [row["shift"] for row in setting["levels"] if path.alpha(row["t"]) > path.sigma(row["t"])]
+        setting["mean"] = float(np.mean(near_data)) if near_data else None
 
     title = f"{ckpt}, {args.num} images" + (f", {walk}" if same else "")
     print(f"\n{title}, read by {file}, against {len(images)} held-out real images")
@@ -417,6 +428,7 @@ def measure(args):
             if "less_than_first" in row:
                 line += f"    {row['less_than_first']:+.4f} ({row['less_interval'][0]:+.4f} to {row['less_interval'][1]:+.4f})"
             print(line)
+    print("\nmean over the levels where SNR > 1:" + "".join(f"\n  {math.nan if setting['mean'] is None else setting['mean']:+.5f}  {setting['name']}" for setting in table))
     print(f"\nshift: E[t̂] of the samples' states minus that of real data at the same t; sigma_e: the extra noise that makes it;\n"
           f"seen: how much of a known shift of {PROBE:g} the estimator shows there. Far from 100 %, the shift stands for more than it says.")
 

@@ -3,6 +3,7 @@
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # what DiT, SiT and the NAG paper quote
     python fid.py samples.npz folder/of/images --save-stats reference.npz
     python fid.py samples.npz shapes                            # the drawn data: FD-random, precision, recall
+    python fid.py runs/*/shift/*.npz shapes                     # a table, with mean and standard deviation over seeds
 
 Images become features of a fixed network (Inception for natural images, a random one for the drawn shapes), and two sets of
 images are compared by their features' distributions:
@@ -17,9 +18,11 @@ Either side is an .npz with arr_0 (N, H, W, 3) uint8, a folder of images, an .np
 `shapes`. Images are read in a stream; memory holds the features.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -29,13 +32,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import models
 from train import (RANK, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, agree, centre_crop, generator, ignore_signals,
-                   join_ranks, lock, number, one_line_errors, rank_0_first, read_image, replacing, stop, write_at)
+                   is_drawn, join_ranks, lock, number, one_line_errors, rank_0_first, read_image, replacing, stop, write_at)
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -304,12 +308,14 @@ class Source:
     """
 
     num, size, statistics, network = 0, None, {}, None
+    features = {}                                                 # what `compare` found: for the reference, once for all samples
 
     def __init__(self, name, num, seed, crop=None):
         self.name, self.limit, self.crop = name, num, crop
         path = Path(name)
-        if name == "shapes":
+        if is_drawn(name):
             self.num, self.seed, self.images = num or 10_000, seed, self.drawn
+            Shapes(16, seed, name)                                # raises for a class that is none
         elif path.is_dir():
             self.files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in ImageFolder.suffixes)[:num]
             if not self.files:
@@ -318,15 +324,15 @@ class Source:
         elif path.is_file():
             self.open_npz()
         else:
-            raise ValueError(f"no file or folder {name}; give an .npz, a folder of images, or shapes")
+            raise ValueError(f"no file or folder {name}; give an .npz, a folder of images, shapes, or shapes:star,cross")
 
     def stamp(self):
         """What says that these are the same images as before."""
-        files = [] if self.name == "shapes" else self.files if Path(self.name).is_dir() else [self.name]
+        files = [] if is_drawn(self.name) else self.files if Path(self.name).is_dir() else [self.name]
         return repr([self.name, self.num, self.size, self.crop, getattr(self, "seed", None), [(file, os.stat(file).st_mtime_ns) for file in files]])
 
     def drawn(self, batch, start):
-        data = Shapes(self.size[0], self.seed)
+        data = Shapes(self.size[0], self.seed, self.name)
         for i in range(start, self.num, batch):
             yield data.images(range(data.held_out + i, data.held_out + min(i + batch, self.num)))[0].transpose(0, 2, 3, 1)
 
@@ -495,7 +501,7 @@ NETWORKS = {"inception": InceptionV3, "random": RandomFeatures}
 def arguments():
     parser = Arguments(__doc__)
     add = parser.add_argument
-    add("samples", metavar="SAMPLES", help=".npz with arr_0, folder of images, .npz of statistics, or shapes")
+    add("samples", nargs="+", metavar="SAMPLES", help=".npz with arr_0, folder of images, .npz of statistics, or shapes; several make a table")
     add("reference", metavar="REFERENCE", help="the same; of the drawn shapes, 10,000 that no training uses")
     add("--features", choices=NETWORKS, help="default: random for images smaller than 64×64 and for shapes, else inception")
     add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)} (default: all that the two sides allow)")
@@ -505,6 +511,7 @@ def arguments():
     add("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
     add("--weights", metavar="FILE", help="the Inception weights, if they cannot be downloaded")
     add("--json", metavar="FILE", help="write the numbers to a file, too; features that are done are then kept in FILE.partial, for another start")
+    add("--plot", metavar="FILE", help="draw the distance, and precision against recall, of several sets over their weight of NAG, into a .png")
     add("--save-stats", metavar="FILE", help="keep the reference's statistics and features in an .npz, for REFERENCE next time")
     add("--seed", type=number(int, 0), default=0, help="of the shapes (default: 0)")
     return parser.parse_args()
@@ -529,10 +536,10 @@ def unfinished(args):
 
 def compare(samples, reference, network_name, wanted, args, device):
     """The metrics that `wanted` names and the sides allow: {name: value}, and {name: why it is left out}."""
-    spectral, left_out = network_name == "inception", {}
+    inception, left_out = network_name == "inception", {}
     has = lambda side, key: side.num or key in side.statistics
     for name in wanted:
-        if name in ("sfid", "is") and not spectral:
+        if name in ("sfid", "is") and not inception:
             left_out[name] = "random features have none"
         for side in (samples, reference):
             what = {"fid": "mu" if "mu" in side.statistics else "pool", "sfid": "mu_s", "is": None}.get(name, "pool")
@@ -547,15 +554,17 @@ def compare(samples, reference, network_name, wanted, args, device):
 
     network, found = None, {}
     for side in (samples, reference):
-        keep_all = side is reference and args.save_stats and spectral and "mu_s" not in side.statistics
-        pool = ("pool" not in side.statistics and ("precision" in todo or "recall" in todo or "fid" in todo and "mu" not in side.statistics)
-                or bool(args.save_stats and side is reference))
-        keep = (pool, keep_all or "sfid" in todo and "mu_s" not in side.statistics, side is samples and "is" in todo)
-        parts = [np.empty((0, 0), np.float32)] * 3
+        keep_all = side is reference and args.save_stats and inception and "mu_s" not in side.statistics
+        there = side.statistics.keys() | side.features.keys()
+        pool = ("pool" not in there and ("precision" in todo or "recall" in todo or "fid" in todo and "mu" not in side.statistics)
+                or bool(args.save_stats and side is reference and "pool" not in side.features))
+        spatial = "spatial" not in there and (keep_all or "sfid" in todo and "mu_s" not in side.statistics)
+        keep = (pool, spatial, side is samples and "is" in todo)
         if any(keep) and side.num:
             network = network or open_network(network_name, args.weights, device)
             parts = features(side, network, args.batch, device, keep, unfinished(args))
-        found[side] = {**side.statistics, **{key: part for key, part in zip(("pool", "spatial", "logits"), parts) if part.size}}
+            side.features = {**side.features, **{key: part for key, part, kept in zip(("pool", "spatial", "logits"), parts, keep) if kept}}
+        found[side] = {**side.statistics, **side.features}
     if RANK:
         return {}, left_out
 
@@ -594,6 +603,70 @@ def compare(samples, reference, network_name, wanted, args, device):
     return values, left_out
 
 
+def evaluate(samples, reference, args, device):
+    """The metrics of one set against the reference: which features were compared, the values, and what is left out."""
+    sides = (samples, reference)
+    samples.size, reference.size = samples.size or reference.size or (16, 16), reference.size or samples.size or (16, 16)
+    kept, drawn = {side.network for side in sides if side.statistics}, any(is_drawn(side.name) for side in sides)
+    small = all(max(side.size) < 64 for side in sides) and not kept
+    choice = args.features or (kept.pop() if len(kept) == 1 else "random" if small or drawn else "inception")
+    for side in sides:
+        if side.statistics and side.network != choice:
+            raise ValueError(f"{side.name} holds statistics of {side.network} features, not of {choice}; compare like with like")
+    if drawn and samples.size[0] != samples.size[1]:
+        raise ValueError(f"shapes are drawn on squares, and the other images are {samples.size[1]}×{samples.size[0]}")
+    if choice == "random" and samples.size != reference.size:
+        raise ValueError(f"random features compare images of one size, not {samples.size[1]}×{samples.size[0]} with "
+                         f"{reference.size[1]}×{reference.size[0]}")
+    return choice, *compare(samples, reference, choice, args.metrics or METRICS, args, device)
+
+
+def spread(values, digits):
+    """Mean ± standard deviation, of one value just that."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def figure(groups, distance):
+    """Sets named by their weight of NAG, as estimator.py measure does, as curves over it: FD or FID, and precision against recall."""
+    from estimator import FINE, STYLES, Panel                     # the pen
+    curves = {}                                                   # {name without the weight: {weight: {metric: mean}}}
+    for name, rows in groups.items():
+        weight = re.search(r"NAG-([\d.]+)", name)
+        means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        curves.setdefault(name.replace(weight[0], "NAG") if weight else "", {})[float(weight[1]) if weight else 0.0] = means
+    none = curves.pop("", {})
+    curves = {name: dict(sorted({**none, **points}.items())) for name, points in curves.items()}
+    points = [point for curve in curves.values() for point in curve.values()]
+    if not points or not {"fid", "precision", "recall"} <= points[0].keys():
+        raise ValueError("nothing to draw: --plot takes images of several weights of NAG, from: python estimator.py measure --w-nag 0 1 2 --keep-images")
+
+    def span(values):
+        room = 0.08 * (max(values) - min(values)) + 1e-3
+        return min(values) - room, max(values) + room
+
+    page = Image.new("RGB", (1000 * FINE, 440 * FINE), "white")
+    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), ImageFont.load_default(12 * FINE)
+    for left, xs, ys, x_name, y_name in ((90, None, "fid", "weight of NAG", distance), (590, "recall", "precision", "recall", "precision")):
+        across = lambda weight, point: point[xs] if xs else weight
+        panel = Panel(380, 330, span([across(w, point) for curve in curves.values() for w, point in curve.items()]), span([point[ys] for point in points]))
+        for curve, (colour, dashes) in zip(curves.values(), itertools.cycle(STYLES)):
+            at = [(across(w, point), point[ys]) for w, point in curve.items()]
+            panel.curve(*zip(*at), colour, dashes)
+            panel.dots(*zip(*at), colour, [True] * len(at))
+            for (x, y), weight in zip(at, curve if xs else ()):
+                u, v = panel.at(x, y)
+                ImageDraw.Draw(panel.image).text((u + 7 * FINE, v), f"{weight:g}", colour, small, anchor="lm")
+        panel.put(page, left, 20, x_name, y_name)
+    x = 90
+    for name, (colour, dashes) in zip(curves, itertools.cycle(STYLES)):
+        key = Panel(38, 12, (0, 1), (0, 1))
+        key.curve((0, 1), (0.5, 0.5), colour, dashes)
+        page.paste(key.image, (x * FINE, 410 * FINE))
+        pen.text(((x + 46) * FINE, 416 * FINE), name, "black", font, anchor="lm")
+        x += 66 + round(font.getlength(name) / FINE)
+    return page.resize((page.width // FINE, page.height // FINE), Image.LANCZOS)
+
+
 def main():
     args, device = arguments(), join_ranks()
     try:
@@ -604,45 +677,60 @@ def main():
         stop(f"--device {args.device} is not there; use cpu, or cuda where there is a GPU")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         stop(f"--save-stats {args.save_stats} must end in .npz")
+    if args.plot and not args.plot.endswith(".png"):
+        stop(f"--plot {args.plot} must end in .png")
+    results = []
     try:
-        samples, reference = (Source(name, args.num, seed, args.crop) for name, seed in ((args.samples, args.seed + 1), (args.reference, args.seed)))
-        samples.size, reference.size = samples.size or reference.size or (16, 16), reference.size or samples.size or (16, 16)
-        sides = (samples, reference)
-        kept = {side.network for side in sides if side.statistics}
-        small = all(max(side.size) < 64 for side in sides) and not kept
-        choice = args.features or (kept.pop() if len(kept) == 1 else "random" if small or "shapes" in (args.samples, args.reference) else "inception")
-        for side in sides:
-            if side.statistics and side.network != choice:
-                raise ValueError(f"{side.name} holds statistics of {side.network} features, not of {choice}; compare like with like")
-        if "shapes" in (args.samples, args.reference) and samples.size[0] != samples.size[1]:
-            raise ValueError(f"shapes are drawn on squares, and the other images are {samples.size[1]}×{samples.size[0]}")
-        if choice == "random" and samples.size != reference.size:
-            raise ValueError(f"random features compare images of one size, not {samples.size[1]}×{samples.size[0]} with "
-                             f"{reference.size[1]}×{reference.size[0]}")
-        values, left_out = compare(samples, reference, choice, args.metrics or METRICS, args, device)
+        reference = Source(args.reference, args.num, args.seed, args.crop)
+        for name in args.samples:
+            samples = Source(name, args.num, args.seed + 1, args.crop)
+            results.append((samples, *evaluate(samples, reference, args, device)))
+            if not RANK and not results[-1][2]:
+                stop(f"nothing to compare with {name}: {'; '.join(f'{key}: {why}' for key, why in results[-1][3].items())}")
+            samples.features = {}                                 # they may be many
     except ValueError as error:
         stop(error)
     if RANK:
         return
-    if not values:
-        stop(f"nothing to compare: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
 
+    choice = results[0][1]
     titles = {"fid": "FID" if choice == "inception" else "FD-random", "sfid": "sFID", "is": "Inception Score",
               "precision": "precision", "recall": "recall"}
+    digits = lambda name: 5 if name == "fid" and choice == "random" else 4
     holds = lambda side: " and ".join([f"{side.num:,} images"] * bool(side.num) + ["statistics"] * bool(side.statistics))
-    print(f"samples     {samples.name} ({holds(samples)})\nreference   {reference.name} ({holds(reference)})")
-    for name, value in values.items():
-        print(f"{titles[name]:16} {value:10.{5 if name == 'fid' and choice == 'random' else 4}f}")
-    if left_out and (args.metrics or choice == "inception"):
-        print("left out:", "; ".join(f"{titles[name]} ({why})" for name, why in left_out.items()))
-    few = min((side.num for side in sides if side.num), default=None)
+    if len(results) == 1:
+        (samples, _, values, left_out), = results
+        print(f"samples     {samples.name} ({holds(samples)})\nreference   {reference.name} ({holds(reference)})")
+        for name, value in values.items():
+            print(f"{titles[name]:16} {value:10.{digits(name)}f}")
+        if left_out and (args.metrics or choice == "inception"):
+            print("left out:", "; ".join(f"{titles[name]} ({why})" for name, why in left_out.items()))
+    else:                                                         # a table; sets of one file name in several folders are seeds of one setting
+        groups = {}
+        for samples, _, values, _ in results:
+            groups.setdefault(Path(samples.name).stem, []).append(values)
+        shown = [name for name in METRICS if all(name in values for _, _, values, _ in results)]
+        print(f"against {reference.name} ({holds(reference)}); mean ± standard deviation where a set is there several times\n\n"
+              f"| samples | sets | {' | '.join(titles[name] for name in shown)} |\n|---|---|{'---|' * len(shown)}")
+        for group, rows in sorted(groups.items(), key=lambda item: "no-guidance" not in item[0]):
+            print(f"| {group} | {len(rows)} | {' | '.join(spread([row[name] for row in rows], digits(name) - 1) for name in shown)} |")
+        if args.plot:
+            try:
+                page = figure(groups, titles["fid"])
+            except ValueError as error:
+                stop(error)
+            with replacing(args.plot) as file:
+                page.save(file, "png")
+            print(f"\n{args.plot}")
+    few = min((side.num for side in (reference, *(samples for samples, *_ in results)) if side.num), default=None)
     needed = 2048 if choice == "inception" else 512
-    if few and few < needed and "fid" in values:
+    if few and few < needed and "fid" in results[0][2]:
         print(f"warning: {few} images are fewer than the {needed:,} dimensions of the features; {titles['fid']} is then mostly bias", file=sys.stderr)
     if args.json:
+        rows = [{**values, "features": choice, "samples": samples.name, "reference": reference.name, "num_samples": samples.num,
+                 "num_reference": reference.num, "left_out": left_out} for samples, choice, values, left_out in results]
         with replacing(args.json) as file:
-            file.write(json.dumps({**values, "features": choice, "samples": samples.name, "reference": reference.name, "num_samples": samples.num,
-                                   "num_reference": reference.num, "left_out": left_out}, indent=1).encode())
+            file.write(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1).encode())
     if unfinished(args):
         shutil.rmtree(unfinished(args), ignore_errors=True)
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import diffusion
 import models
-from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, allocate, checkpoints, compiles, device_name, fast_precision, join_ranks, lock,
+from train import (PATHS, RANK, WORLD, Arguments, SampleNoise, agree, allocate, checkpoints, compiles, device_name, fast_precision, is_drawn, join_ranks, lock,
                    matmul_rate, number, one_line_errors, peak_memory, picture, rank_0_first, replacing, stop, synchronize, synthetic,
                    to_uint8, write_at)
 
@@ -315,7 +315,7 @@ def open_estimator(name, ckpt, s, judge=False):
 
 def settle(args, ckpt, s):
     """Fill in what the options leave to the checkpoint `ckpt`, with the settings s; stop where it cannot do what they ask."""
-    shapes = s["data"] == "shapes"
+    shapes = is_drawn(s["data"])
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if shapes else 250)
     args.nag_interval = args.nag_interval or ((0.1, 0.6) if shapes else (0.0, 1.0))
@@ -328,7 +328,7 @@ def settle(args, ckpt, s):
     if args.sampler == "ddpm" and not 2 <= args.steps <= 1000:
         stop(f"--sampler ddpm takes --steps 2 to 1000, not {args.steps}")
     if args.w_nag and not s["noise_drop"]:
-        data = "" if s["data"] == "shapes" else " --data DIR"
+        data = {"shapes": ""}.get(s["data"], f" --data {s['data'] if shapes else 'DIR'}")
         stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not; train it on with some: "
              f"python train.py --init {ckpt}{f' --model {args.model}' if args.model else ''}{data} --noise-drop 0.1 --out DIR")
     if args.estimator and args.w_nag_classifier is None:

@@ -14,12 +14,14 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -758,6 +760,15 @@ def test_shapes_are_a_function_of_seed_and_index():
     assert np.bincount(labels, minlength=8).min() > 25 and len(data.classes) == 8
 
 
+def test_some_of_the_shapes_are_a_data_set_of_their_own():
+    """shapes:star,cross draws, where the number calls for the same class, the very image that shapes draws."""
+    every, some = train.open_data("shapes", 16, 3), train.open_data("shapes:star,cross", 16, 3)
+    assert some.classes == ["cross", "star"]
+    (images, labels), (few, few_labels) = every.images(range(400)), some.images(range(400))
+    same = np.array(every.classes)[labels] == np.array(some.classes)[few_labels]
+    assert same.sum() > 60 and np.array_equal(images[same], few[same]) and np.bincount(few_labels).min() > 160
+
+
 def test_a_drawn_circle_covers_its_area():
     """Oracle: π r² of a disc of radius 0.9 · radius, from the random numbers that the class, size and place come from."""
     data, checked = train.Shapes(32, seed=0), 0
@@ -995,7 +1006,8 @@ def samples(folder, *args, ranks=1):
 
 def test_samples_depend_on_seed_and_index_alone(runs):
     images, labels = samples(runs, "--batch", 64)
-    for other, other_labels in (samples(runs, "--batch", 1), samples(runs, "--batch", 7), samples(runs, "--batch", 64, ranks=2)):
+    for other, other_labels in (samples(runs, "--batch", 1), samples(runs, "--batch", 7), samples(runs, "--batch", 64, ranks=2),
+                                samples(runs, "--batch", 16, ranks=3)):
         difference = abs(images - other)
         assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3 and np.array_equal(labels, other_labels)
     assert (abs(images - samples(runs, "--batch", 64, "--seed", 1)[0]) > 0).mean() > 0.5
@@ -1280,7 +1292,7 @@ print('peak', max(peak))"""
 
 def start(name, *args, cwd, **options):
     return subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], cwd=cwd, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
 
 
 def until(run, happened, seconds=60):
@@ -1457,6 +1469,67 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(runs):
     assert all(entry.get("skipped") and entry["loss"] is None for entry in log[-10:]) and len(log) < 60
 
 
+def test_a_run_whose_folder_vanishes_says_so(tmp_path):
+    run = start("train.py", "--steps", 4000, *SMALL, "--ckpt-every", 30, "--out", "gone", cwd=tmp_path)
+    assert until(run, lambda: len(train.checkpoints(tmp_path / "gone")) > 0)
+    (tmp_path / "gone").rename(tmp_path / "elsewhere")
+    _, err = run.communicate(timeout=60)
+    line = err.strip().splitlines()[-1]
+    assert run.returncode == 2 and line.startswith("train.py: gone") and "Traceback" not in err, err
+    assert not (tmp_path / "gone").exists() and len(losses(tmp_path / "elsewhere")) >= 30
+
+
+def test_a_killed_process_that_prepares_batches_is_told_in_one_line(photos):
+    run = start("train.py", "--data", "photos", "--model", "SiT-Ti/2", "--image-size", 8, "--batch", 2, "--steps", 10**6, "--workers", 2, "--out", "run",
+                cwd=photos.parent)
+    log = photos.parent / "run/log.jsonl"
+    assert until(run, lambda: log.exists() and log.stat().st_size)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    line = err.strip().splitlines()[-1]
+    assert run.returncode == 2 and line.startswith("train.py: a process that prepares batches was killed") and "Traceback" not in err, err
+
+
+def test_links_that_lead_round_in_circles_are_not_followed(photos):
+    (photos / "birds/up").symlink_to(photos)
+    (photos / "birds/self").symlink_to(photos / "birds/self")
+    assert len(train.ImageFolder(photos, 16)) == 6
+    (photos / "birds/self.png").symlink_to(photos / "birds/self.png")
+    with pytest.raises(train.UnreadableImage, match="self.png"):
+        train.read_image(str(photos / "birds/self.png"))
+
+
+def test_a_png_of_sixty_thousand_squared_is_refused_before_it_takes_memory(tmp_path):
+    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
+    before = train.peak_memory(torch.device("cpu"))
+    with pytest.raises(train.UnreadableImage, match="bomb.png.*3600000000"):
+        train.read_image(str(tmp_path / "bomb.png"))
+    assert train.peak_memory(torch.device("cpu")) < before + 0.1
+
+
+@slow
+def test_twenty_thousand_steps_leave_memory_and_files_as_they_were(tmp_path):
+    command = ["--image-size", 4, "--batch", 1, "--precision", "fp32", "--workers", 0, "--ckpt-every", 500, "--keep", 2, "--steps", 20_000, "--out", "soak"]
+    run = start("train.py", *command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    log, seen = tmp_path / "soak/log.jsonl", []
+    while run.poll() is None:                                     # memory in MB, open files, files of the run beside its pictures
+        try:
+            step = log.read_bytes().count(b"\n") if log.exists() else 0
+            memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{run.pid}/status").read_text())[1]) / 1024
+            files = [path for path in (tmp_path / "soak").rglob("*") if path.is_file() and path.suffix not in (".png", ".tmp")]
+            seen.append((step, memory, len(os.listdir(f"/proc/{run.pid}/fd")), len(files)))
+        except (OSError, TypeError):
+            pass                                                  # it has just ended
+        time.sleep(0.2)
+    assert run.wait() == 0 and len(losses(tmp_path / "soak")) == 20_000
+    early, late = ([row[1:] for row in seen if low < row[0] <= high] for low, high in ((2000, 5000), (17_000, 20_000)))
+    print("memory in MB, open files, files:", np.median(early, 0), np.median(late, 0), "most:", np.max(early, 0), np.max(late, 0))
+    assert np.median(late, 0)[0] < np.median(early, 0)[0] + 10 and np.max(late, 0)[1] <= np.max(early, 0)[1] and np.max(late, 0)[2] <= 5
+
+
 @pytest.mark.parametrize("what", ["checkpoint", "latents"])
 def test_a_full_disk_names_the_file_and_spares_the_others(runs, studio, what):
     """No file may grow beyond what the last checkpoint took but for a little, or beyond one byte less than the moments need."""
@@ -1621,8 +1694,8 @@ def test_states_are_read_where_the_sampler_keeps_them(name, path):
     class Reader:
         def __call__(self, x):
             return SimpleNamespace(mean=lambda: x.flatten(1)[:, 0])
-    seen = estimator.observe(Reader(), sampler, 7, 3, levels)
-    assert seen.shape == (7, 5)
+    seen, images, labels = estimator.observe(Reader(), sampler, 7, 3, levels)
+    assert seen.shape == (7, 5) and images.shape == (7, 1, 2, 2) and labels.shape == (7,)
     if name == "ode":
         grid = torch.linspace(1, 1e-3 if path == "vp" else 0, 13, dtype=torch.float64)
         v = lambda x, t: diffusion.to_velocity(sampler.path, model(x, sampler.path.network_time(t).float().expand(1), None), x, t)
@@ -1649,7 +1722,7 @@ def test_measure_tells_the_shift_of_every_setting(readers):
     command = ["measure", "--ckpt", "runs/one", "--estimator", "reader0.pt", "--guide-estimator", "reader1.pt", "--w-nag", 0, 2, "--w-nag-classifier", 0, 1,
                "--nag-interval", 0, 0.6, "--steps", 8, "--num-samples", 40, "--levels", 3, "--precision", "fp32"]
     for ranks in (1, 2):
-        done = script("estimator.py", *command, "--out", f"shift{ranks}", cwd=readers, ranks=ranks)
+        done = script("estimator.py", *command, "--keep-images", "--out", f"shift{ranks}", cwd=readers, ranks=ranks)
         assert done.returncode == 0, done.stderr
     whole, parts = (json.loads((readers / f"shift{ranks}/shift.json").read_text()) for ranks in (1, 2))
     assert [setting["name"] for setting in whole["settings"]] == [
@@ -1662,6 +1735,18 @@ def test_measure_tells_the_shift_of_every_setting(readers):
     assert all(row["less_than_first"] != 0 for row in (setting["levels"][0] for setting in whole["settings"][1:]))
     assert Image.open(readers / "shift1/shift.png").size == (1200, 640) and "classifier NAG 1" in done.stdout
     assert "less than the first" in done.stdout and not list(readers.glob("shift1/.*"))
+    near_data = [np.mean([row["shift"] for row in setting["levels"] if row["t"] < 0.5]) for setting in whole["settings"]]
+    assert [setting["mean"] for setting in whole["settings"]] == pytest.approx(near_data) and f"{near_data[2]:+.5f}  NAG 2 on 0-0.6" in done.stdout
+
+    # --keep-images: those that sample.py draws, in the order of their numbers from any number of ranks
+    done = script("sample.py", "--ckpt", "runs/one", "--num", 65, "--steps", 8, "--w-nag", 2, "--nag-interval", 0, 0.6, "--precision", "fp32",
+                  "--out", "kept.npz", cwd=readers)
+    assert done.returncode == 0, done.stderr
+    with np.load(readers / "kept.npz") as file:
+        images, labels = file["arr_0"][:40].astype(int), file["arr_1"][:40]
+    for ranks in (1, 2):
+        with np.load(readers / f"shift{ranks}/NAG-2-on-0-0.6-sde-8-steps.npz") as kept:
+            assert np.array_equal(kept["arr_1"], labels) and abs(kept["arr_0"] - images).max() <= 1 and (kept["arr_0"] != images).mean() < 1e-3
 
 
 def test_sampling_with_the_estimator_as_guide(readers):
@@ -1980,6 +2065,26 @@ def test_the_drawn_shapes_are_compared_by_random_features(sets):
     folder, done = compared(sets, "a", "a.npz")
     assert abs(folder["fid"]) < 1e-6 and folder["precision"] == folder["recall"] == 1
     assert "warning" not in done.stderr
+
+
+def test_several_sets_make_a_table_with_mean_and_deviation_over_seeds(sets):
+    """Oracle: each set compared alone."""
+    files = {}
+    for seed in (0, 1):
+        for weight, name in ((0, "no-guidance"), (0.5, "NAG-0.5-on-0-1"), (2, "NAG-2-on-0-1")):
+            files[seed, name] = f"seed{seed}/{name}.npz"
+            (sets / f"seed{seed}").mkdir(exist_ok=True)
+            with np.load(sets / ("a.npz", "b.npz")[seed]) as file:
+                np.savez(sets / files[seed, name], arr_0=(file["arr_0"] * (1 - weight / 8)).astype(np.uint8))
+    together, done = compared(sets, *files.values(), "shapes", "--num", 600, "--plot", "curves.png")
+    alone = {key: compared(sets, name, "shapes", "--num", 600)[0] for key, name in files.items()}
+    for row, (key, name) in zip(together, files.items()):
+        assert row["samples"] == name and all(row[metric] == pytest.approx(alone[key][metric], rel=1e-5) for metric in ("fid", "precision", "recall"))
+    for name in ("no-guidance", "NAG-2-on-0-1"):
+        a, b = (alone[seed, name]["recall"] for seed in (0, 1))
+        row = next(line for line in done.stdout.splitlines() if name in line)
+        assert row.startswith(f"| {name} | 2 |") and row.endswith(f"| {(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f} |")
+    assert Image.open(sets / "curves.png").size == (1000, 440)
 
 
 def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):

@@ -56,6 +56,8 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default 
 
 def stop(message, everywhere=False):
     """End with one line on standard error and exit status 2; of several ranks, the first speaks (or `everywhere`)."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()                                               # the line stands alone
     if RANK == 0 or everywhere:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
@@ -90,10 +92,16 @@ def one_line_errors(main):
     sys.stdout.reconfigure(errors="backslashreplace")             # file names need not be text
     try:
         main()
-    except OSError as error:
-        stop(f"{error.filename or 'file system'}: {error.strerror or error}", everywhere=True)
     except torch.OutOfMemoryError:
         stop("the GPU has not enough free memory; lower --micro-batch (train.py) or --batch (sample.py)", everywhere=True)
+    except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error) or isinstance(error, ConnectionError):      # torch finds it in two ways
+            sys.unraisablehook = lambda unraisable: None          # its loader would complain once more while it is taken down
+            stop("a process that prepares batches was killed, as happens when memory is short; the same command goes on, with fewer --workers if "
+                 "that helps", everywhere=True)
+        if not isinstance(error, OSError):
+            raise
+        stop(f"{error.filename or 'file system'}: {error.strerror or error}", everywhere=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
@@ -120,8 +128,13 @@ class Shapes:
     classes = ["bar", "circle", "cross", "moon", "ring", "square", "star", "triangle"]
     held_out = 2**40                                              # from this index on, for what training should not have seen
 
-    def __init__(self, image_size, seed=0):
+    def __init__(self, image_size, seed=0, name="shapes"):
+        """`name` is "shapes", or "shapes:star,cross" for some of the classes. Raises ValueError for one that cannot be drawn."""
         self.image_size, self.seed = image_size, seed
+        if name != "shapes":
+            self.classes = sorted(set(name.removeprefix("shapes:").split(",")))
+            if unknown := set(self.classes) - set(Shapes.classes):
+                raise ValueError(f"no shape {sorted(unknown)[0]!r}; {name} may name {', '.join(Shapes.classes)}")
 
     @staticmethod
     def distance(name, x, y):
@@ -178,7 +191,7 @@ class ImageFolder:
     def __init__(self, folder, image_size):
         self.image_size = image_size
         if not Path(folder).is_dir():
-            stop(f"no folder {folder}; --data takes a folder of images, or shapes")
+            stop(f"no folder {folder}; --data takes a folder of images, shapes, or shapes:star,cross")
         self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         self.files, self.labels = [], []
         for label, name in enumerate(self.classes or ["."]):
@@ -214,9 +227,17 @@ class ImageFolder:
         return out, np.array([self.labels[i] for i in indices])
 
 
+def is_drawn(name):
+    """Whether a data set's name means Shapes, all or some of them."""
+    return name.split(":")[0] == "shapes"
+
+
 def open_data(name, image_size, seed):
     """The data set that --data names, in pixels."""
-    return Shapes(image_size, seed) if name == "shapes" else ImageFolder(name, image_size)
+    try:
+        return Shapes(image_size, seed, name) if is_drawn(name) else ImageFolder(name, image_size)
+    except ValueError as error:
+        stop(error)
 
 
 class UnreadableImage(ValueError):
@@ -669,7 +690,6 @@ def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
             os.fdatasync(moments_file.fileno())                   # before it is said to be there
             write_at(labels_file, found, offsets[1] + first * 8)
             if bad and not skip_bad:
-                bar.close()
                 stop(f"{str(bad[min(bad)]).removesuffix('; mend or remove it')}; mend it, or give --skip-bad to go on without such images; "
                      "what is encoded is kept", everywhere=True)
             bar.update(len(images))
@@ -704,7 +724,7 @@ def open_latents(s, given, device):
             if given.get("vae", note["vae"]) != note["vae"] and models.fingerprint(models.load_vae(given["vae"])) != note["weights"]:
                 stop(f"{folder} holds latents of another VAE, {note['vae']}; give another --latents, or leave out --vae")
         else:
-            if s["data"] == "shapes":
+            if is_drawn(s["data"]):
                 stop(f"no finished latents in {folder}; give the --data to encode")
             if s["image_size"] % models.VAE.factor:
                 stop(f"--image-size {s['image_size']} is not a multiple of {models.VAE.factor}, as the VAE needs; give one that is")
@@ -732,7 +752,7 @@ def arguments():
     parser = Arguments(__doc__)
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--model", choices=models.MODELS, metavar="NAME", help="DiT-* or SiT-*, Ti S B L XL, /2 /4 /8 (default: SiT-Ti/2)")
-    add("--data", metavar="DIR", help="folder of images, or shapes (default)")
+    add("--data", metavar="DIR", help="folder of images, or shapes (default), or some of these, shapes:star,cross")
     add("--image-size", type=number(int, 4), metavar="N",
         help="height and width; from 256 on in latents (default: of --init or --latents, 256 in latents, 16 for Ti on shapes, else 32)")
     add("--latents", metavar="DIR", help="train in latents, kept there; encodes --data first (default: runs/latents-<data>-<size>)")
@@ -805,7 +825,7 @@ def resolve(given, out, saved, init, device):
 
     # In pixels, or in latents?
     in_latents = bool(init and init["in_channels"] == models.VAE.channels or "latents" in s or "vae" in s)
-    drawn = s["data"] == "shapes" and "latents" not in s
+    drawn = is_drawn(s["data"]) and "latents" not in s
     if "image_size" not in s:
         s["image_size"] = init["image_size"] if init else 256 if in_latents else 16 if size == "Ti" and drawn else 32
     if in_latents and drawn:
@@ -1089,15 +1109,19 @@ def main():
             dist.all_reduce(noted)
         return noted.item() > 0
 
+    def still_there(step):
+        if not (out / ".lock").exists():
+            stop(f"{out} is gone, and with it the checkpoints; stopped at step {step}")
+
     def save(step):
         if RANK == 0:
+            still_there(step)
             target = out / "checkpoints" / f"{step:07}.pt"
             try:
                 with replacing(target) as file:
                     torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
                                 "step": step, "settings": s}, file)
             except RuntimeError:                                  # so torch.save reports a full disk
-                bar.close()
                 stop(f"cannot write {target}: is the disk full? The checkpoints before it are whole")
             for old in checkpoints(out)[:-s["keep"]] if s["keep"] else ():
                 old.unlink()
@@ -1108,8 +1132,10 @@ def main():
                 vae = models.load_vae(s["vae"]).to(device) if data.latent else None
             except ValueError as error:
                 return bar.write(f"no samples at step {step}: {error}")
+            grid = sample_grid(ema, trainer.path, s, device, trainer.autocast, vae)
+            still_there(step)
             with replacing(out / "samples" / f"{step:07}.png") as file:
-                sample_grid(ema, trainer.path, s, device, trainer.autocast, vae).save(file, "png")
+                grid.save(file, "png")
 
     log = None
     lock(out / ".lock", out)
@@ -1128,7 +1154,6 @@ def main():
     grid_takes, drawn = 32 * (50 * model.flops() + decoding) / (usual * rate / WORLD), time.perf_counter()      # in seconds; when
     for batch in loader:
         if isinstance(batch, UnreadableImage):
-            bar.close()
             stop(batch, everywhere=True)
         loss = trainer.step(batch, step + 1, interrupted)
         stopping = loss is None
@@ -1154,8 +1179,7 @@ def main():
                 if skipped and RANK == 0:
                     bar.write(f"step {number} was skipped: its loss or gradient is not finite")
                 if in_a_row == 10:
-                    bar.close()
-                    kept = [path for path in checkpoints(out)]
+                    kept = checkpoints(out)
                     stop(f"ten steps in a row up to {number} had no finite loss or gradient; the last good checkpoint is {kept[-1] if kept else 'none'}; "
                          "start anew with a lower --lr and another --out")
             if log:

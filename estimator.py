@@ -257,9 +257,10 @@ class Reading:
 @torch.no_grad()
 def calibration(estimator, path, images, levels, device):
     """A Reading of the real images, uint8 (N, C, H, W), at each of the levels."""
-    readings, rng = [], generator("calibration")
+    readings = []
     for t in levels:
         rows, moved = [], []                                      # t̂ and its distribution function at t; how far a known shift moves t̂
+        rng = generator("calibration", round(1e6 * t))
         for part in images.split(512):
             noise = lambda: torch.from_numpy(rng.standard_normal(part.shape, np.float32)).to(device)
             x = diffusion.add_noise(path, to_float(part.to(device)), noise(), t).float()
@@ -340,6 +341,12 @@ def extra_noise(path, t, shift):
     return math.sqrt(path.sigma(end).item()**2 - path.sigma(t).item()**2) if shift >= 0 else None
 
 
+def near_data(path, real, levels, estimates):
+    """The mean shift over those of the levels where the data outweighs the noise, SNR > 1; NaN where none does."""
+    shift = [estimates[:, j].mean() - real[t].estimates.mean() for j, t in enumerate(levels) if path.alpha(t) > path.sigma(t)]
+    return float(np.mean(shift)) if shift else math.nan
+
+
 def shifts(path, real, results):
     """The shift of each setting, rows of numbers: results is a list of (name, levels, estimates (N, levels)), real {t: Reading}.
 
@@ -360,7 +367,7 @@ def shifts(path, real, results):
                 row["less_than_first"] = float(first[:, j].mean() - estimates[:, j].mean())
                 row["less_interval"] = between(first_means[:, j] - means[:, j])
             rows.append(row)
-        table.append({"name": name, "levels": rows})
+        table.append({"name": name, "near_data": near_data(path, real, levels, estimates), "levels": rows})
     return table
 
 
@@ -389,7 +396,7 @@ def measure(args):
     if out.exists() and not out.is_dir():
         stop(f"--out {out} is a file; give the name of a folder")
 
-    begun, path, results = time.perf_counter(), samplers[0].path, []
+    begun, path, results, real = time.perf_counter(), samplers[0].path, [], {}
     same = len({(setting.sampler, setting.steps) for setting in settings}) == 1
     for setting, sampler in zip(settings, samplers):
         walk = f"{setting.sampler}, {setting.steps} steps"
@@ -402,19 +409,16 @@ def measure(args):
         estimates, drawn, labels = observe(estimator, sampler, args.num, args.batch, levels)
         if not np.isfinite(estimates).all():
             stop(f"the states of {name}, {walk}, are not finite; lower its weights")
+        results.append((name if same else f"{name}, {walk}", levels, estimates))
+        if RANK == 0:
+            real |= {reading.t: reading for reading in calibration(estimator, path, images, [t for t in levels if t not in real], device)}
         if args.keep_images and RANK == 0:
             with replacing(out / f"{name}, {walk}.npz".replace(", ", "-").replace(" ", "-")) as target:
-                np.savez(target, arr_0=drawn.transpose(0, 2, 3, 1), arr_1=labels)
-        results.append((name if same else f"{name}, {walk}", levels, estimates))
+                np.savez(target, arr_0=drawn.transpose(0, 2, 3, 1), arr_1=labels, shift=near_data(path, real, levels, estimates))
     if RANK:
         return
 
-    levels = sorted({t for _, at, _ in results for t in at})
-    real = {reading.t: reading for reading in calibration(estimator, path, images, levels, device)}
-    table = shifts(path, real, results)
-    for setting in table:                                         # where the data outweighs the noise, and NAG should act
-        near_data = [row["shift"] for row in setting["levels"] if path.alpha(row["t"]) > path.sigma(row["t"])]
-        setting["mean"] = float(np.mean(near_data)) if near_data else None
+    table = shifts(path, {t: real[t] for t in sorted(real)}, results)
 
     title = f"{ckpt}, {args.num} images" + (f", {walk}" if same else "")
     print(f"\n{title}, read by {file}, against {len(images)} held-out real images")
@@ -428,7 +432,7 @@ def measure(args):
             if "less_than_first" in row:
                 line += f"    {row['less_than_first']:+.4f} ({row['less_interval'][0]:+.4f} to {row['less_interval'][1]:+.4f})"
             print(line)
-    print("\nmean over the levels where SNR > 1:" + "".join(f"\n  {math.nan if setting['mean'] is None else setting['mean']:+.5f}  {setting['name']}" for setting in table))
+    print("\nmean over the levels where SNR > 1:" + "".join(f"\n  {setting['near_data']:+.5f}  {setting['name']}" for setting in table))
     print(f"\nshift: E[t̂] of the samples' states minus that of real data at the same t; sigma_e: the extra noise that makes it;\n"
           f"seen: how much of a known shift of {PROBE:g} the estimator shows there. Far from 100 %, the shift stands for more than it says.")
 
@@ -437,7 +441,7 @@ def measure(args):
             "checkpoint": str(ckpt), "estimator": str(file), "guide_estimator": args.guide_estimator, "num": args.num, "real": len(images),
             "precision": args.precision, "seed": args.seed, "minutes": round((time.perf_counter() - begun) / 60, 2),
             "real_data": [{"t": r.t, "bias": r.bias, "spread": float(r.estimates.std()), "seen": r.seen} for r in real.values()],
-            "settings": [{**row, **{key: getattr(setting, key) for key in
+            "settings": [{**row, "near_data": row["near_data"] if math.isfinite(row["near_data"]) else None, **{key: getattr(setting, key) for key in
                                     ("sampler", "steps", "w_nag", "nag_interval", "cfg_scale", "cfg_interval", "cfg_channels", "w_nag_classifier",
                                      "guide", "guide_scale", "guide_interval")}}
                          for row, setting in zip(table, settings)]}

@@ -304,10 +304,11 @@ class Source:
     """One side of the comparison: images, or statistics of them, or both.
 
     images(batch, start) gives arrays (n, H, W, 3) uint8 from number `start` on; `num` is how many, `size` their (height, width), `statistics` holds what of
-    mu, sigma, mu_s, sigma_s, pool the file has, and `network` whose features those are. Raises ValueError for bad input.
+    mu, sigma, mu_s, sigma_s, pool the file has, and `network` whose features those are; `shift` is the noise shift that estimator.py
+    measured on the way to these images. Raises ValueError for bad input.
     """
 
-    num, size, statistics, network = 0, None, {}, None
+    num, size, statistics, network, shift = 0, None, {}, None, None
     features = {}                                                 # what `compare` found: for the reference, once for all samples
 
     def __init__(self, name, num, seed, crop=None):
@@ -356,6 +357,9 @@ class Source:
                     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
                         raise ValueError(f"{self.name}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
                     self.num, self.size, self.images = min(shape[0], self.limit or shape[0]), shape[1:3], self.stream
+                if headers.get("shift", (None,))[:2] == ((), np.float64):
+                    with archive.open("shift.npy") as file:
+                        self.shift = float(np.lib.format.read_array(file, allow_pickle=False))
                 for key, ndim in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2), ("pool", 2), ("size", 1), ("network", 0)):
                     if key in headers:
                         shape, dtype, _ = headers[key]
@@ -687,6 +691,8 @@ def main():
             results.append((samples, *evaluate(samples, reference, args, device)))
             if not RANK and not results[-1][2]:
                 stop(f"nothing to compare with {name}: {'; '.join(f'{key}: {why}' for key, why in results[-1][3].items())}")
+            if samples.shift is not None and math.isfinite(samples.shift):
+                results[-1][2]["shift"] = samples.shift
             samples.features = {}                                 # they may be many
     except ValueError as error:
         stop(error)
@@ -695,8 +701,8 @@ def main():
 
     choice = results[0][1]
     titles = {"fid": "FID" if choice == "inception" else "FD-random", "sfid": "sFID", "is": "Inception Score",
-              "precision": "precision", "recall": "recall"}
-    digits = lambda name: 5 if name == "fid" and choice == "random" else 4
+              "precision": "precision", "recall": "recall", "shift": "shift, SNR > 1"}
+    digits = lambda name: 6 if name == "shift" else 5 if name == "fid" and choice == "random" else 4
     holds = lambda side: " and ".join([f"{side.num:,} images"] * bool(side.num) + ["statistics"] * bool(side.statistics))
     if len(results) == 1:
         (samples, _, values, left_out), = results
@@ -709,7 +715,7 @@ def main():
         groups = {}
         for samples, _, values, _ in results:
             groups.setdefault(Path(samples.name).stem, []).append(values)
-        shown = [name for name in METRICS if all(name in values for _, _, values, _ in results)]
+        shown = [name for name in titles if all(name in values for _, _, values, _ in results)]
         print(f"against {reference.name} ({holds(reference)}); mean ± standard deviation where a set is there several times\n\n"
               f"| samples | sets | {' | '.join(titles[name] for name in shown)} |\n|---|---|{'---|' * len(shown)}")
         for group, rows in sorted(groups.items(), key=lambda item: "no-guidance" not in item[0]):

@@ -302,41 +302,39 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
         return value * ((t > interval[0] - 1e-6) & (t < interval[1] + 1e-6))
 
     def denoise(x, t):
-        t = _level(t)
-        nag, cfg = weight(w_nag, nag_interval, t), weight(cfg_scale - 1, cfg_interval, t)
-        use_nag, use_cfg = bool((nag != 0).any()), bool((cfg != 0).any())
-        push = weight(w_classifier, nag_interval, t) * (path.alpha(t) > 0)              # at α = 0 a velocity cannot carry a score
-        copies = 1 + use_nag + use_cfg
+        t, channels = _level(t), x.shape[1]
+        cfg, nag = weight(cfg_scale - 1, cfg_interval, t), weight(w_nag, nag_interval, t)
+        lead, push = weight(guide_scale - 1, guide_interval, t), weight(w_classifier, nag_interval, t)
+        use_cfg, use_nag = bool((cfg != 0).any()), bool((nag != 0).any())
 
+        # D(t, y), D(t, ∅) and D(∅, y), as far as they are needed, in one batch
+        copies, classes, hidden = 1 + use_cfg + use_nag, [y], None
         time = path.network_time(t).to(x.device, torch.float32).expand(len(x))
-        classes, hidden = [y], None
         if use_cfg:
             classes += [torch.full_like(y, model.num_classes if null_class is None else null_class)]
         if use_nag:
             classes += [y]
             hidden = torch.arange(copies * len(x), device=x.device) >= (copies - 1) * len(x)
         out = model(torch.cat([x] * copies), torch.cat([time] * copies), torch.cat(classes), drop_noise=hidden)
+        cond, *nulls = out[:, :channels].split(len(x))
 
-        channels = x.shape[1]
-        prediction, variance = out[:, :channels], out[:len(x), channels:]
-        cond, *nulls = prediction.split(len(x))
         result = cond
         if use_cfg:
             no_class = nulls[0]
-            term = _like(cfg, x) * (cond - no_class)
-            if cfg_channels is not None:
-                term = torch.cat([term[:, :cfg_channels], torch.zeros_like(term[:, cfg_channels:])], dim=1)
-            result = result + term
+            steered = torch.arange(channels, device=x.device) < (channels if cfg_channels is None else cfg_channels)
+            result = result + _like(cfg, x) * (cond - no_class) * steered[:, None, None]
         if use_nag:
             no_level = nulls[-1]
             result = result + _like(nag, x) * (cond - no_level)
-        if bool((push != 0).any()):
-            slope = torch.where(push != 0, push * prediction_per_score(path, t), 0.0)
-            result = result + _like(slope, x) * classifier(x, t).to(x)
-        lead = weight(guide_scale - 1, guide_interval, t)
         if bool((lead != 0).any()):
             guided_by = guide(x, time, y if guide_y is None else guide_y)[:, :channels]
             result = result + _like(lead, x) * (cond - guided_by)
+        push = push * (path.alpha(t) > 0)                         # at α = 0 a velocity cannot carry a score
+        if bool((push != 0).any()):
+            slope = torch.where(push != 0, push * prediction_per_score(path, t), 0.0)
+            result = result + _like(slope, x) * classifier(x, t).to(x)
+
+        variance = out[:len(x), channels:]
         learned = path.prediction == "eps" and variance.shape[1] == channels
         return torch.cat([result, variance], dim=1) if learned else result
 

@@ -12,6 +12,7 @@ import multiprocessing.forkserver
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -1360,7 +1361,7 @@ def test_a_run_killed_thirty_times_ends_as_an_unbroken_one(tmp_path):
 def test_sampling_that_is_killed_gives_the_same_file(runs, kills):
     command = ["--ckpt", "runs/one", "--num", 160, "--steps", 10 * kills, "--precision", "fp32", "--batch", 16, "--w-nag", 1]
     rng, work, name = np.random.default_rng(0), runs / f"kill{kills}.npz.partial/arr_1.npy", f"kill{kills}.npz"
-    count = lambda: (np.fromfile(work, np.int64)[-160:] >= 0).sum() if work.exists() else 0
+    count = lambda: (np.fromfile(work, np.int64)[-160:] >= 0).sum() if work.with_name("settings.json").exists() else 0
     for k in range(kills):
         before = count()
         run = start("sample.py", *command, "--out", name, cwd=runs)
@@ -1736,7 +1737,7 @@ def test_measure_tells_the_shift_of_every_setting(readers):
     assert Image.open(readers / "shift1/shift.png").size == (1200, 640) and "classifier NAG 1" in done.stdout
     assert "less than the first" in done.stdout and not list(readers.glob("shift1/.*"))
     near_data = [np.mean([row["shift"] for row in setting["levels"] if row["t"] < 0.5]) for setting in whole["settings"]]
-    assert [setting["near_data"] for setting in whole["settings"]] == pytest.approx(near_data) and f"  NAG 2 on 0-0.6" in done.stdout
+    assert [setting["near_data"] for setting in whole["settings"]] == pytest.approx(near_data) and "  NAG 2 on 0-0.6" in done.stdout
 
     # --keep-images: those that sample.py draws, in the order of their numbers from any number of ranks
     done = script("sample.py", "--ckpt", "runs/one", "--num", 65, "--steps", 8, "--w-nag", 2, "--nag-interval", 0, 0.6, "--precision", "fp32",
@@ -2077,13 +2078,14 @@ def test_several_sets_make_a_table_with_mean_and_deviation_over_seeds(sets):
             with np.load(sets / ("a.npz", "b.npz")[seed]) as file:
                 np.savez(sets / files[seed, name], arr_0=(file["arr_0"] * (1 - weight / 8)).astype(np.uint8))
     together, done = compared(sets, *files.values(), "shapes", "--num", 600, "--plot", "curves.png")
-    alone = {key: compared(sets, name, "shapes", "--num", 600)[0] for key, name in files.items()}
-    for row, (key, name) in zip(together, files.items()):
-        assert row["samples"] == name and all(row[metric] == pytest.approx(alone[key][metric], rel=1e-5) for metric in ("fid", "precision", "recall"))
-    for name in ("no-guidance", "NAG-2-on-0-1"):
-        a, b = (alone[seed, name]["recall"] for seed in (0, 1))
-        row = next(line for line in done.stdout.splitlines() if name in line)
-        assert row.startswith(f"| {name} | 2 |") and row.endswith(f"| {(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f} |")
+    assert [row["samples"] for row in together] == list(files.values())
+    for row, name in list(zip(together, files.values()))[-2:]:
+        alone, _ = compared(sets, name, "shapes", "--num", 600)
+        assert all(row[metric] == pytest.approx(alone[metric], rel=1e-5) for metric in ("fid", "precision", "recall"))
+    for name, rows in (("no-guidance", together[::3]), ("NAG-2-on-0-1", together[2::3])):
+        a, b = (row["recall"] for row in rows)
+        line = next(line for line in done.stdout.splitlines() if name in line)
+        assert line.startswith(f"| {name} | 2 |") and line.endswith(f"| {(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f} |")
     assert Image.open(sets / "curves.png").size == (1000, 440)
 
 
@@ -2196,3 +2198,71 @@ def test_bad_sets_of_images_are_one_line_and_status_2(sets, name, capsys, monkey
         train.one_line_errors(fid.main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status.value.code == 2 and error.startswith("fid.py: ") and BAD_SETS[name] in error, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+README = (HERE / "README.md").read_text()
+SCRIPTS = {"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}
+
+
+def commands():
+    """The lines of the README's shell blocks, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    return [line.split("#")[0].strip() for line in "".join(blocks).splitlines() if line.split("#")[0].strip()]
+
+
+def test_every_command_and_option_in_the_readme_exists(monkeypatch, capsys):
+    """Each script reads its arguments, with the loops' variables filled in; and options named in the text are some script's."""
+    found = 0
+    for line in commands():
+        line = line.replace("$seed", "0").replace("$model", "SiT").replace("$steps", "50")
+        for name, args in re.findall(r"(?:python|torchrun .*?) ?(\w+\.py)([^&;|]*)", line):
+            if name in SCRIPTS:
+                monkeypatch.setattr(sys, "argv", [name, *shlex.split(args)])
+                SCRIPTS[name].arguments()
+                found += 1
+    assert found > 20
+    known = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts", "--num", "--help"}          # of torchrun, some
+    for name, more in (("train.py", []), ("sample.py", []), ("estimator.py", ["train"]), ("estimator.py", ["measure"]), ("fid.py", [])):
+        monkeypatch.setattr(sys, "argv", [name, *more, "--help"])
+        with pytest.raises(SystemExit):
+            SCRIPTS[name].arguments()
+        known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - known
+
+
+def test_the_code_in_the_readme_is_that_of_the_method():
+    lines = {line.strip() for line in (HERE / "diffusion.py").read_text().splitlines()}
+    shown = "".join(re.findall(r"```python\n(.*?)```", README, re.S)).splitlines()
+    assert len(shown) >= 8 and all(line.split("  #")[0].strip() in lines for line in shown)
+    for picture in re.findall(r"\]\((assets/[^)]*)\)", README):
+        assert (HERE / picture).stat().st_size < 300_000
+
+
+@slow
+def test_the_readmes_quick_commands_run_as_written(photos):
+    """Those that take less than a minute, in a folder with what the commands before them would have left; `python` is this one."""
+    folder = photos.parent
+    (folder / "bin").mkdir()
+    (folder / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "bin/python").chmod(0o755)
+    for path in HERE.glob("*.py"):
+        (folder / path.name).symlink_to(path)
+    for name, *args in (("train.py", "--steps", 20, "--batch", 8, "--out", "runs/shapes-SiT-Ti-2"), ("estimator.py", "train", "--steps", 20, "--out", "runs/guide.pt")):
+        assert script(name, *args, cwd=folder).returncode == 0
+    for name in ("samples", "a", "b", "c"):
+        np.savez(folder / f"{name}.npz", arr_0=np.random.default_rng(len(name)).integers(0, 256, (600, 16, 16, 3), np.uint8))
+    for path in list(photos.rglob("*.*")):
+        image = Image.fromarray(train.centre_crop(train.read_image(path), 16))
+        path.unlink(), image.save(path.with_suffix(".png"))
+    lines = [part.strip() for line in commands() for part in line.split("&&")]
+    quick = [line for line in lines if line.startswith(("python sample.py", "python fid.py samples.npz photos", "python fid.py a.npz"))]
+    assert len(quick) >= 6
+    for line in quick:
+        begun = time.monotonic()
+        done = subprocess.run(line, shell=True, cwd=folder, env={**environment(), "PATH": f"{folder}/bin:{os.environ['PATH']}"}, text=True, capture_output=True)
+        print(f"{time.monotonic() - begun:4.0f} s  {line}")
+        assert done.returncode == 0, (line, done.stderr)

@@ -586,13 +586,15 @@ def figure(path, title, real, table, results):
         ImageDraw.Draw(panel.image).text((panel.size[0] - 8 * FINE, 6 * FINE), f"t = {t:.3f}", "black", small, anchor="ra")
         panel.put(page, 760, 50 + 187 * k, "estimated level" if k == 2 else "", "density", numbers=False)
 
-    x = 90
+    x, y = 90, 606
     for (name, colour, dashes) in [(setting["name"], *style) for setting, style in styled(table)] + [("real data", (150, 150, 150), ())]:
         key = Panel(38, 12, (0, 1), (0, 1))
         key.curve((0, 1), (0.5, 0.5), colour, dashes)
-        page.paste(key.image, (x * FINE, 608 * FINE))
-        pen.text(((x + 46) * FINE, 614 * FINE), name, "black", font, anchor="lm")
-        x += 66 + round(font.getlength(name) / FINE)
+        width = 66 + round(font.getlength(name) / FINE)
+        x, y = (x, y) if x + width < 1200 else (90, y + 19)
+        page.paste(key.image, (x * FINE, y * FINE))
+        pen.text(((x + 46) * FINE, (y + 6) * FINE), name, "black", font, anchor="lm")
+        x += width
     if not all(map(trusted, real)):
         pen.text((1180 * FINE, 14 * FINE), "open dots: the estimator sees less than 90 % of a shift", "black", font, anchor="ra")
     return page.resize((page.width // FINE, page.height // FINE), Image.LANCZOS)

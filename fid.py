@@ -648,11 +648,13 @@ def figure(groups, distance):
         room = 0.08 * (max(values) - min(values)) + 1e-3
         return min(values) - room, max(values) + room
 
+    shown = {key: [point[key] for point in points] for key in ("fid", "precision")}
+    shown["fid"] = [value for value in shown["fid"] if value <= max(2 * shown["fid"][0], 2 * min(shown["fid"]))]       # what is far worse leaves the frame
     page = Image.new("RGB", (1000 * FINE, 440 * FINE), "white")
     pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), ImageFont.load_default(12 * FINE)
     for left, xs, ys, x_name, y_name in ((90, None, "fid", "weight of NAG", distance), (590, "recall", "precision", "recall", "precision")):
         across = lambda weight, point: point[xs] if xs else weight
-        panel = Panel(380, 330, span([across(w, point) for curve in curves.values() for w, point in curve.items()]), span([point[ys] for point in points]))
+        panel = Panel(380, 330, span([across(w, point) for curve in curves.values() for w, point in curve.items()]), span(shown[ys]))
         for curve, (colour, dashes) in zip(curves.values(), itertools.cycle(STYLES)):
             at = [(across(w, point), point[ys]) for w, point in curve.items()]
             panel.curve(*zip(*at), colour, dashes)
@@ -666,8 +668,9 @@ def figure(groups, distance):
         key = Panel(38, 12, (0, 1), (0, 1))
         key.curve((0, 1), (0.5, 0.5), colour, dashes)
         page.paste(key.image, (x * FINE, 410 * FINE))
-        pen.text(((x + 46) * FINE, 416 * FINE), name, "black", font, anchor="lm")
-        x += 66 + round(font.getlength(name) / FINE)
+        label = re.sub(r"on-([\d.]+)-([\d.]+)", r"on t from \1 to \2", name).replace("-", " ")
+        pen.text(((x + 46) * FINE, 416 * FINE), label, "black", font, anchor="lm")
+        x += 66 + round(font.getlength(label) / FINE)
     return page.resize((page.width // FINE, page.height // FINE), Image.LANCZOS)
 
 

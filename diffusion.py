@@ -10,7 +10,7 @@ arXiv 2510.12497) treats the level as a condition, as classifier-free guidance (
 
     s(x|t) + w ∇_x log p(t|x)  =  (1 + w) s(x|t) − w s(x)
 
-where s(x) is the answer of the same network with its noise level hidden (`drop_noise`).
+where s(x), the score without the level, is approximated by the same network with its level hidden (`drop_noise`).
 
 Levels t are floats in [0, 1] everywhere; only the network itself may count differently (`path.network_time`).
 Tensors are (B, C, H, W); a level is a number, a tensor () for the whole batch, or a tensor (B,).

@@ -420,6 +420,18 @@ def test_sde_converges_with_order_one(path):
         assert max(abs(m - 0.7) for m in means) < 1e-12, means
 
 
+def test_finite_steps_alone_shift_the_level_by_half_a_step():
+    """Data without variance, exact velocity x / t: the variance beyond t² obeys e' = 4 e / t − 3 Δ, so e = Δ (t − t⁴) and δ = Δ (1 − t³) / 2."""
+    seen = {}
+    def denoise(x, t):
+        seen[t.item()] = x.std().item()
+        return x / t
+    diffusion.sample_sde(denoise, torch.randn(8000, 1, 8, 8), diffusion.Linear(), steps=50)
+    step = 0.96 / 49
+    for t in [t for t in seen if 0.1 < t < 0.8]:
+        assert seen[t] - t == pytest.approx(step * (1 - t**3) / 2, abs=6e-4 + 3 * step**2), t
+
+
 @by_name
 @pytest.mark.parametrize("method, expected", [("euler", 1), ("heun", 2)])
 def test_ode_converges_to_the_closed_form_flow(path, method, expected):

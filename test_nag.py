@@ -1017,10 +1017,10 @@ def samples(folder, *args, ranks=1):
         return file["arr_0"].astype(int), file["arr_1"]
 
 
-def test_samples_depend_on_seed_and_index_alone(runs):
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=slow)])
+def test_samples_depend_on_seed_and_index_alone(runs, ranks):
     images, labels = samples(runs, "--batch", 64)
-    for other, other_labels in (samples(runs, "--batch", 1), samples(runs, "--batch", 7), samples(runs, "--batch", 64, ranks=2),
-                                samples(runs, "--batch", 16, ranks=3)):
+    for other, other_labels in (samples(runs, "--batch", 1), samples(runs, "--batch", 7), samples(runs, "--batch", 16, ranks=ranks)):
         difference = abs(images - other)
         assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3 and np.array_equal(labels, other_labels)
     assert (abs(images - samples(runs, "--batch", 64, "--seed", 1)[0]) > 0).mean() > 0.5

@@ -106,6 +106,8 @@ def one_line_errors(main):
         raise SystemExit(130) from None
     finally:
         if dist.is_initialized() and (sys.exc_info()[0] is None or not torch.cuda.is_available()):
+            if sys.exc_info()[0] is None:
+                dist.barrier()                                    # leave together: a rank that goes early may abort while others still receive
             dist.destroy_process_group()                          # after an error NCCL could wait for the others for ever
 
 

@@ -530,6 +530,19 @@ class Panel:
         page.paste("black", (x0 - (82 if numbers else 32) * FINE, y0), turned)
 
 
+def legend(page, top, entries):
+    """Name, colour and dashes of each curve, in rows from `top` on, in final pixels."""
+    pen, font, left = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), 90
+    x = left
+    for name, colour, dashes in entries:
+        key, width = Panel(38, 12, (0, 1), (0, 1)), 66 + round(font.getlength(name) / FINE)
+        key.curve((0, 1), (0.5, 0.5), colour, dashes)
+        x, top = (x, top) if (x + width) * FINE < page.width else (left, top + 19)
+        page.paste(key.image, (x * FINE, top * FINE))
+        pen.text(((x + 46) * FINE, (top + 6) * FINE), name, "black", font, anchor="lm")
+        x += width
+
+
 def figure(path, title, real, table, results):
     """The shift against t with its 95 % band for each setting, and densities of t̂ at three levels."""
     from scipy.stats import gaussian_kde                          # takes a second, which only this figure needs
@@ -586,15 +599,7 @@ def figure(path, title, real, table, results):
         ImageDraw.Draw(panel.image).text((panel.size[0] - 8 * FINE, 6 * FINE), f"t = {t:.3f}", "black", small, anchor="ra")
         panel.put(page, 760, 50 + 187 * k, "estimated level" if k == 2 else "", "density", numbers=False)
 
-    x, y = 90, 606
-    for (name, colour, dashes) in [(setting["name"], *style) for setting, style in styled(table)] + [("real data", (150, 150, 150), ())]:
-        key = Panel(38, 12, (0, 1), (0, 1))
-        key.curve((0, 1), (0.5, 0.5), colour, dashes)
-        width = 66 + round(font.getlength(name) / FINE)
-        x, y = (x, y) if x + width < 1200 else (90, y + 19)
-        page.paste(key.image, (x * FINE, y * FINE))
-        pen.text(((x + 46) * FINE, (y + 6) * FINE), name, "black", font, anchor="lm")
-        x += width
+    legend(page, 606, [(setting["name"], *style) for setting, style in styled(table)] + [("real data", (150, 150, 150), ())])
     if not all(map(trusted, real)):
         pen.text((1180 * FINE, 14 * FINE), "open dots: the estimator sees less than 90 % of a shift", "black", font, anchor="ra")
     return page.resize((page.width // FINE, page.height // FINE), Image.LANCZOS)

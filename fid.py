@@ -632,7 +632,7 @@ def spread(values, digits):
 
 def figure(groups, distance):
     """Sets named by their weight of NAG, as estimator.py measure does, as curves over it: FD or FID, and precision against recall."""
-    from estimator import FINE, STYLES, Panel                     # the pen
+    from estimator import FINE, STYLES, Panel, legend             # the pen
     curves = {}                                                   # {name without the weight: {weight: {metric: mean}}}
     for name, rows in groups.items():
         weight = re.search(r"NAG-([\d.]+)", name)
@@ -649,9 +649,9 @@ def figure(groups, distance):
         return min(values) - room, max(values) + room
 
     shown = {key: [point[key] for point in points] for key in ("fid", "precision")}
-    shown["fid"] = [value for value in shown["fid"] if value <= max(2 * shown["fid"][0], 2 * min(shown["fid"]))]       # what is far worse leaves the frame
+    shown["fid"] = [value for value in shown["fid"] if value <= 2 * shown["fid"][0]]       # what is far worse than the first leaves the frame
     page = Image.new("RGB", (1000 * FINE, 440 * FINE), "white")
-    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), ImageFont.load_default(12 * FINE)
+    small = ImageFont.load_default(12 * FINE)
     for left, xs, ys, x_name, y_name in ((90, None, "fid", "weight of NAG", distance), (590, "recall", "precision", "recall", "precision")):
         across = lambda weight, point: point[xs] if xs else weight
         panel = Panel(380, 330, span([across(w, point) for curve in curves.values() for w, point in curve.items()]), span(shown[ys]))
@@ -663,14 +663,8 @@ def figure(groups, distance):
                 u, v = panel.at(x, y)
                 ImageDraw.Draw(panel.image).text((u + 7 * FINE, v), f"{weight:g}", colour, small, anchor="lm")
         panel.put(page, left, 20, x_name, y_name)
-    x = 90
-    for name, (colour, dashes) in zip(curves, itertools.cycle(STYLES)):
-        key = Panel(38, 12, (0, 1), (0, 1))
-        key.curve((0, 1), (0.5, 0.5), colour, dashes)
-        page.paste(key.image, (x * FINE, 410 * FINE))
-        label = re.sub(r"on-([\d.]+)-([\d.]+)", r"on t from \1 to \2", name).replace("-", " ")
-        pen.text(((x + 46) * FINE, 416 * FINE), label, "black", font, anchor="lm")
-        x += 66 + round(font.getlength(label) / FINE)
+    in_words = lambda name: re.sub(r"on-([\d.]+)-([\d.]+)", r"on t from \1 to \2", name).replace("-", " ")
+    legend(page, 404, [(in_words(name), *style) for name, style in zip(curves, itertools.cycle(STYLES))])
     return page.resize((page.width // FINE, page.height // FINE), Image.LANCZOS)
 
 
@@ -714,23 +708,23 @@ def main():
             print(f"{titles[name]:16} {value:10.{digits(name)}f}")
         if left_out and (args.metrics or choice == "inception"):
             print("left out:", "; ".join(f"{titles[name]} ({why})" for name, why in left_out.items()))
-    else:                                                         # a table; sets of one file name in several folders are seeds of one setting
-        groups = {}
-        for samples, _, values, _ in results:
-            groups.setdefault(Path(samples.name).stem, []).append(values)
+    groups = {}                                                   # sets of one file name in several folders are seeds of one setting
+    for samples, _, values, _ in results:
+        groups.setdefault(Path(samples.name).stem, []).append(values)
+    if len(results) > 1:
         shown = [name for name in titles if all(name in values for _, _, values, _ in results)]
         print(f"against {reference.name} ({holds(reference)}); mean ± standard deviation where a set is there several times\n\n"
               f"| samples | sets | {' | '.join(titles[name] for name in shown)} |\n|---|---|{'---|' * len(shown)}")
         for group, rows in sorted(groups.items(), key=lambda item: "no-guidance" not in item[0]):
             print(f"| {group} | {len(rows)} | {' | '.join(spread([row[name] for row in rows], digits(name) - 1) for name in shown)} |")
-        if args.plot:
-            try:
-                page = figure(groups, titles["fid"])
-            except ValueError as error:
-                stop(error)
-            with replacing(args.plot) as file:
-                page.save(file, "png")
-            print(f"\n{args.plot}")
+    if args.plot:
+        try:
+            page = figure(groups, titles["fid"])
+        except ValueError as error:
+            stop(error)
+        with replacing(args.plot) as file:
+            page.save(file, "png")
+        print(f"\n{args.plot}")
     few = min((side.num for side in (reference, *(samples for samples, *_ in results)) if side.num), default=None)
     needed = 2048 if choice == "inception" else 512
     if few and few < needed and "fid" in results[0][2]:

@@ -328,9 +328,8 @@ def settle(args, ckpt, s):
     if args.sampler == "ddpm" and not 2 <= args.steps <= 1000:
         stop(f"--sampler ddpm takes --steps 2 to 1000, not {args.steps}")
     if args.w_nag and not s["noise_drop"]:
-        data = {"shapes": ""}.get(s["data"], f" --data {s['data'] if shapes else 'DIR'}")
         stop(f"--w-nag needs a model trained with noise dropout, {ckpt} was not; train it on with some: "
-             f"python train.py --init {ckpt}{f' --model {args.model}' if args.model else ''}{data} --noise-drop 0.1 --out DIR")
+             f"python train.py --init {ckpt}{f' --model {args.model}' if args.model else ''} --data {s['data'] if shapes else 'DIR'} --noise-drop 0.1 --out DIR")
     if args.estimator and args.w_nag_classifier is None:
         stop("an estimator is there to guide by, with --w-nag-classifier W; give a weight, or leave the estimator out")
     args.w_nag_classifier = args.w_nag_classifier or 0.0
@@ -404,6 +403,7 @@ def main():
     by = [Path(args.estimator).stem] if args.w_nag_classifier else []
     by += [str(args.guide).replace("/", "-")] if guide else []
     by += ["balanced"] if args.balanced else []
+    chosen = [part.replace("/", "-") for part in chosen]          # names in a checkpoint may be anything, and must not lead elsewhere
     name = "-".join([Path(ckpt).stem, args.sampler, str(args.steps), *title.replace(",", "").split(), *by, *chosen, f"seed-{args.seed}", f"n-{args.num}"])
     out = Path(args.out) if args.out else run_folder(ckpt) / "samples" / (name + kind)
     if out.suffix not in (".png", ".npz"):

@@ -849,6 +849,7 @@ def test_batches_are_shared_out_and_visit_every_image_once_an_epoch(photos, monk
 # The scripts, run as a user runs them. A run of these takes seconds: 8×8 shapes, a handful of steps.
 
 
+SCRIPTS = {"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}
 SMALL = "--image-size 8 --batch 8 --precision fp32 --workers 0".split()
 
 
@@ -862,9 +863,8 @@ def in_child(name, args, folder, output, error):
     for file, number in ((output, 1), (error, 2)):
         os.dup2(os.open(file, os.O_WRONLY), number)
     sys.argv = [name, *args]
-    main = {"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}[name].main
     try:
-        train.one_line_errors(main)
+        train.one_line_errors(SCRIPTS[name].main)
     finally:
         sys.stdout.flush(), sys.stderr.flush()
 
@@ -975,15 +975,18 @@ def test_benchmarks_end_in_a_line_of_json(tmp_path, name, batch):
     assert 0.1 < told["peak_memory_gb"] < 2 and not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_and_the_same_command_end_in_the_same_weights(runs):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
+def test_ctrl_c_and_the_same_command_end_in_the_same_weights(runs, number):
+    for name in ("stopped", "whole"):
+        shutil.rmtree(runs / f"runs/{name}", ignore_errors=True)
     command = [sys.executable, str(HERE / "train.py"), "--steps", "400", *SMALL, "--ckpt-every", "1000", "--out", "runs/stopped"]
     run = subprocess.Popen(command, cwd=runs, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = runs / "runs/stopped/log.jsonl"
     while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 10):
         time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 130 and "the same command goes on" in out and "Traceback" not in err
+    assert run.returncode == 128 + number and "the same command goes on" in out and "Traceback" not in err
     stopped_at = int(re.search(r"stopped at step (\d+)", out)[1])
     assert 10 <= stopped_at < 400
     end = stopped_at + 15
@@ -1177,7 +1180,7 @@ def refused(capsys, monkeypatch, folder, name, *args):
     monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as status:
-        train.one_line_errors({"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}[name].main)
+        train.one_line_errors(SCRIPTS[name].main)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -1504,6 +1507,33 @@ def test_a_killed_process_that_prepares_batches_is_told_in_one_line(photos):
     assert run.returncode == 2 and line.startswith("train.py: a process that prepares batches was killed") and "Traceback" not in err, err
 
 
+def test_what_the_system_refuses_is_one_line_that_says_so(runs, capsys, monkeypatch):
+    assert "/proc/run" in refused(capsys, monkeypatch, runs, "train.py", *SMALL, "--steps", 1, "--out", "/proc/run")
+    (runs / "file").touch()
+    assert "file/run" in refused(capsys, monkeypatch, runs, "train.py", *SMALL, "--steps", 1, "--out", "file/run")
+    def closed():
+        raise BrokenPipeError(32, "Broken pipe")                  # as in: python fid.py … | head -1
+    with pytest.raises(SystemExit):
+        train.one_line_errors(closed)
+    line = capsys.readouterr().err
+    assert "Broken pipe" in line and "prepares batches" not in line
+
+
+def test_a_class_name_that_leads_elsewhere_does_not(runs):
+    """In the file name of a picture, where --classes takes a class by its number from a checkpoint of unknown origin."""
+    shutil.copytree(runs / "runs/one", runs / "runs/odd")
+    checkpoint = state(runs / "runs/odd", 20)
+    checkpoint["settings"]["classes"] = ["x/../../../../escaped", "new\nline", "\udcff", "Ünï", *checkpoint["settings"]["classes"][4:]]
+    with train.replacing(runs / "runs/odd/checkpoints/0000020.pt") as file:
+        torch.save(checkpoint, file)
+    before = set(runs.rglob("*.png"))
+    for number in range(4):
+        done = script("sample.py", "--ckpt", "runs/odd", "--num", 1, "--steps", 2, "--classes", number, cwd=runs)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    made = set(runs.rglob("*.png")) - before
+    assert len(made) == 4 and all(path.parent == runs / "runs/odd/samples" for path in made)
+
+
 def test_links_that_lead_round_in_circles_are_not_followed(photos):
     (photos / "birds/up").symlink_to(photos)
     (photos / "birds/self").symlink_to(photos / "birds/self")
@@ -1628,7 +1658,7 @@ def fuzz(count, seed):
             os.dup2(output, 1), os.dup2(output, 2)
             try:
                 sys.argv = [name, *args.split()]
-                train.one_line_errors({"train.py": train, "sample.py": sample, "fid.py": fid}[name].main)
+                train.one_line_errors(SCRIPTS[name].main)
                 status = 0
             except SystemExit as end:
                 status = end.code or 0
@@ -2100,6 +2130,17 @@ def test_several_sets_make_a_table_with_mean_and_deviation_over_seeds(sets):
         line = next(line for line in done.stdout.splitlines() if name in line)
         assert line.startswith(f"| {name} | 2 |") and line.endswith(f"| {(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f} |")
     assert Image.open(sets / "curves.png").size == (1000, 440)
+    curve = script("fid.py", "a.npz", "shapes", "--num", 600, "--plot", "none.png", cwd=sets)
+    assert curve.returncode == 2 and "nothing to draw" in curve.stderr and not (sets / "none.png").exists()
+
+
+def test_the_curve_over_the_weight_passes_through_its_points():
+    """Where they must lie in the frame at (90, 20) of 380×330, by hand; there the curve is black, and a little above it white."""
+    row = lambda distance: [{"fid": distance, "precision": 0.5, "recall": 0.5}]
+    page = fid.figure({"no-guidance": row(1.0), "NAG-1-on-0-1": row(1.5), "NAG-2-on-0-1": row(1.2)}, "FD-random")
+    for weight, distance in ((0, 1.0), (1, 1.5), (2, 1.2)):
+        x, y = 90 + 380 * (weight + 0.161) / 2.322, 20 + 330 * (1.541 - distance) / 0.582
+        assert max(page.getpixel((round(x), round(y)))) < 60 and min(page.getpixel((round(x), round(y) - 12))) > 200
 
 
 def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):
@@ -2219,7 +2260,6 @@ def test_bad_sets_of_images_are_one_line_and_status_2(sets, name, capsys, monkey
 
 
 README = (HERE / "README.md").read_text()
-SCRIPTS = {"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}
 
 
 def commands():

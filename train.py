@@ -95,7 +95,7 @@ def one_line_errors(main):
     except torch.OutOfMemoryError:
         stop("the GPU has not enough free memory; lower --micro-batch (train.py) or --batch (sample.py)", everywhere=True)
     except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error) or isinstance(error, ConnectionError):      # torch finds it in two ways
+        if "DataLoader worker" in str(error) or isinstance(error, ConnectionResetError):      # torch finds it in two ways
             sys.unraisablehook = lambda unraisable: None          # its loader would complain once more while it is taken down
             stop("a process that prepares batches was killed, as happens when memory is short; the same command goes on, with fewer --workers if "
                  "that helps", everywhere=True)
@@ -304,7 +304,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def ignore_signals(worker):
-    """For the processes that prepare batches: Ctrl-C and SIGTERM are for the run itself to answer."""
+    """For the processes that prepare batches: Ctrl-C and SIGTERM are for the run itself to answer, and its end is not theirs to tell."""
+    sys.excepthook = lambda *error: None                          # the thread that hands batches over; errors of the data go another way
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -236,8 +236,7 @@ SIZES = {  #       width, depth, heads
     "XL": (1152, 28, 16),
 }
 MODELS = {f"{family}-{size}/{patch}": partial(DiT, patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
-          for family in ("DiT", "SiT") for size, (width, depth, heads) in SIZES.items()
-          for patch in ((2,) if size == "Ti" else (2, 4, 8))}
+          for family in ("DiT", "SiT") for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -573,7 +573,7 @@ def from_checkpoint(source, name=None):
 
     source  a checkpoint of train.py, of the training code of DiT, SiT or fast-DiT, a bare state dict of these, or a name in PUBLISHED
     name    of the model, such as SiT-XL/2: for a file that does not say it, since DiT and SiT have the same tensors
-    Weights of SiT are turned into our convention, a null noise embedding that is lacking becomes the mean of the levels'.
+    Weights of SiT are turned into our convention; a null noise embedding that is lacking, or was never trained, becomes the mean over the levels.
     Raises ValueError when the file is damaged, of another kind, or does not fit its model.
     """
     if source in PUBLISHED:
@@ -604,6 +604,10 @@ def from_checkpoint(source, name=None):
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source} has settings that name no model of ours ({' '.join(str(error).split())[:100]}); give another file") from None
     load_weights(model, state, source)
+    if not settings["noise_drop"]:                                # nothing was learned for a hidden level: begin in the middle of what was
+        levels = torch.arange(1000.0) if settings["interpolant"] == "vp" else (torch.arange(1000) + 0.5) / 1000
+        with torch.no_grad():
+            model.t_embedder.null_embedding = nn.Parameter(model.t_embedder(levels).mean(0))
     return model.eval().requires_grad_(False), settings
 
 
@@ -637,14 +641,8 @@ def foreign(checkpoint, name, source):
         trained_here = "t_embedder.null_embedding" in state       # weights of train.py, taken out of their checkpoint
         settings["noise_drop"] = 0.1 if trained_here else 0.0
         if not trained_here:
-            if name.startswith("SiT"):
-                state = convert_sit(state)
-            embedder = TimestepEmbedder(width)
-            embedder.mlp.load_state_dict({key.removeprefix("t_embedder.mlp."): value.float() for key, value in state.items()
-                                          if key.startswith("t_embedder.mlp.")})
-            levels = (torch.arange(1000) + 0.5) / 1000 if name.startswith("SiT") else torch.arange(1000.0)
-            with torch.no_grad():
-                state["t_embedder.null_embedding"] = embedder(levels).mean(0)
+            state = convert_sit(state) if name.startswith("SiT") else state
+            state["t_embedder.null_embedding"] = torch.zeros(width)
     except (AttributeError, KeyError, ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"{source} is no checkpoint of a DiT or SiT ({' '.join(str(error).split())[:100]}); give another file") from None
     return state, settings

@@ -204,6 +204,11 @@ def test_a_lacking_null_embedding_is_the_mean_over_the_levels(path, tmp_path):
     t = torch.linspace(0, 1, 4001)[1:].clamp(max=1) if name[0] == "S" else (torch.arange(1000) + 1) / 1000
     mean = model.t_embedder(path.network_time(t)).mean(0)
     torch.testing.assert_close(model.t_embedder.null_embedding, mean, rtol=1e-2, atol=1e-3)
+    for noise_drop in (0.0, 0.1):                                 # of our own checkpoints, in those that never hid a level
+        told = {**settings, "interpolant": {"D": "vp", "S": "linear"}[name[0]], "noise_drop": noise_drop}
+        torch.save({"ema": model.state_dict() | {"t_embedder.null_embedding": torch.zeros(128)}, "settings": told}, tmp_path / "ours.pt")
+        null = models.from_checkpoint(tmp_path / "ours.pt")[0].t_embedder.null_embedding
+        torch.testing.assert_close(null, torch.zeros(128) if noise_drop else mean, rtol=1e-2, atol=1e-3)
     x, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
     t = torch.tensor([0.3, 0.8])
     if name[0] == "S":                                            # published SiT counts time the other way, with the other sign

@@ -1,6 +1,11 @@
 """What the project claims, each claim against an oracle that is not the code under test.
 
-    python -m pytest -q test_nag.py
+    python -m pytest test_nag.py                                # SLOW=1 before it: also what takes minutes each
+    python -m pytest test_nag.py -k "guid or shift"             # some of it
+
+In this order: the network; interpolants, loss, samplers and guidance on Gaussian data, whose exact answers are known; the noise
+estimator; data; the scripts, run as a user runs them; published weights and latents; what must survive kills, damaged files and
+full disks; what is made of an estimator's readings; the metrics; the README itself.
 """
 import argparse
 import functools

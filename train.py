@@ -768,13 +768,13 @@ def arguments():
     add("--class-drop", type=number(float, 0, 1), metavar="P", help="how often the class is hidden, for CFG (default: 0.1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), default=argparse.SUPPRESS, metavar="N",
-                        help=f"default: {DEFAULTS['Ti']['steps']} for Ti, else {DEFAULTS['']['steps']}")
+                        help=f"default: {DEFAULTS['Ti']['steps']} for Ti, with --init {FINE_TUNING['Ti']['steps']}; else {DEFAULTS['']['steps']}")
     length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder (default: 10 with --init)")
     add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 32 for Ti, else 256)")
     add("--micro-batch", type=number(int, 1), metavar="N", help="images per pass of a rank (default: what fits in memory)")
-    add("--lr", type=number(float, 0), help="of AdamW (default: 6e-3 for Ti, else 1e-4)")
+    add("--lr", type=number(float, 0), help="of AdamW (default: 6e-3 for Ti, with --init 1.5e-3; else 1e-4)")
     add("--warmup", type=number(int, 0), metavar="N", help="steps in which the rate rises to --lr, to fall as sqrt(N/step) after; "
-        "0: constant (default: 300 for Ti, else 0)")
+        "0: constant (default: 300 for Ti, with --init 40; else 0)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY", help="of the averaged weights (default: 0.9999)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     add("--out", metavar="DIR", help="default: runs/<data>-<model>")
@@ -792,7 +792,7 @@ DEFAULTS = {
     "Ti": dict(steps=4000, batch=32, lr=6e-3, warmup=300, ckpt_every=1000),
     "": dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000),
 }
-FINE_TUNING = {"Ti": dict(steps=400, lr=1.5e-3, warmup=0)}         # beside these, where --init is given
+FINE_TUNING = {"Ti": dict(steps=400, lr=1.5e-3, warmup=40)}        # beside these, where --init is given
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
          "init", "train_only", "classes", "images", "encoding")   # what may not change while a run lasts
 

@@ -51,7 +51,7 @@ class Linear:
         return _level(sigma)
 
     def network_time(self, t):
-        return t
+        return _level(t)
 
     def to(self, device):
         return self
@@ -219,8 +219,8 @@ def training_loss(model, path, x0, y, t, eps, drop_noise=None):
 def ddpm_posterior(alpha_bar):
     """q(x_{i−1} | x_i, x_0) for a chain with these ᾱ_0 … ᾱ_{N−1} (Ho et al., 2020, eq. 6, 7): five tensors (N,).
 
-    Its mean is on_x0 · x_0 + on_xt · x_i. The variance that a network may learn lies between the two of eq. 7 and β, in
-    logarithms: low and high. The posterior of i = 0 has no spread, and uses that of i = 1.
+    Its mean is on_x0 · x_0 + on_xt · x_i. The logarithm of the variance that a network may learn lies between those of eq. 7's
+    variance and of β: low and high. The posterior of i = 0 has no spread, and uses that of i = 1.
     """
     previous = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / previous
@@ -254,7 +254,7 @@ def variance_bound(path, eps, v, x0, x_t, k):
 
 def discretized_log_likelihood(x, mean, log_std):
     """log of the mass that a Gaussian gives to the 8-bit bin x ± 1/255; the outermost bins reach to infinity."""
-    def cdf(z):
+    def cdf(z):                                                   # Φ, as the published loss approximates it
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
 
     above, below = cdf((x - mean + 1 / 255) * (-log_std).exp()), cdf((x - mean - 1 / 255) * (-log_std).exp())
@@ -303,9 +303,9 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
 
     def denoise(x, t):
         t, channels = _level(t), x.shape[1]
-        cfg, nag = weight(cfg_scale - 1, cfg_interval, t), weight(w_nag, nag_interval, t)
-        lead, push = weight(guide_scale - 1, guide_interval, t), weight(w_classifier, nag_interval, t)
-        use_cfg, use_nag = bool((cfg != 0).any()), bool((nag != 0).any())
+        w_class, w_level = weight(cfg_scale - 1, cfg_interval, t), weight(w_nag, nag_interval, t)
+        w_guide, w_gradient = weight(guide_scale - 1, guide_interval, t), weight(w_classifier, nag_interval, t)
+        use_cfg, use_nag = bool((w_class != 0).any()), bool((w_level != 0).any())
 
         # D(t, y), D(t, ∅) and D(∅, y), as far as they are needed, in one batch
         copies, classes, hidden = 1 + use_cfg + use_nag, [y], None
@@ -322,16 +322,16 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
         if use_cfg:
             no_class = nulls[0]
             steered = torch.arange(channels, device=x.device) < (channels if cfg_channels is None else cfg_channels)
-            result = result + _like(cfg, x) * (cond - no_class) * steered[:, None, None]
+            result = result + _like(w_class, x) * (cond - no_class) * steered[:, None, None]
         if use_nag:
             no_level = nulls[-1]
-            result = result + _like(nag, x) * (cond - no_level)
-        if bool((lead != 0).any()):
+            result = result + _like(w_level, x) * (cond - no_level)
+        if bool((w_guide != 0).any()):
             guided_by = guide(x, time, y if guide_y is None else guide_y)[:, :channels]
-            result = result + _like(lead, x) * (cond - guided_by)
-        push = push * (path.alpha(t) > 0)                         # at α = 0 a velocity cannot carry a score
-        if bool((push != 0).any()):
-            slope = torch.where(push != 0, push * prediction_per_score(path, t), 0.0)
+            result = result + _like(w_guide, x) * (cond - guided_by)
+        w_gradient = w_gradient * (path.alpha(t) > 0)             # at α = 0 a velocity cannot carry a score
+        if bool((w_gradient != 0).any()):
+            slope = torch.where(w_gradient != 0, w_gradient * prediction_per_score(path, t), 0.0)
             result = result + _like(slope, x) * classifier(x, t).to(x)
 
         variance = out[:len(x), channels:]
@@ -342,7 +342,7 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0), cf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samplers: from x ~ N(0, 1) at t = 1 to x_0. `denoise(x, t)` is a guided network, or any function of that form; it is
+# Samplers: from x ~ N(0, I) at t = 1 to x_0. `denoise(x, t)` is a guided network, or any function of that form; it is
 # called without gradient, with t a float64 tensor () on the CPU.
 
 
@@ -374,7 +374,7 @@ def sample_ddpm(denoise, x, path, steps=250, randn=torch.randn_like):
 def sample_sde(denoise, x, path, steps=250, randn=torch.randn_like, last_step=0.04):
     """Euler–Maruyama on the reverse SDE (SiT, Ma et al., 2024, eq. 6), (B, C, H, W) -> x_0.
 
-        dx = [v − w s] dt + sqrt(2 w) dW,  w(t) = σ(t),  from t = 1 down
+        dx = [v − g s] dt + sqrt(2 g) dW,  g(t) = σ(t),  from t = 1 down
 
     `steps` evaluations: steps − 1 equal steps down to t = last_step, then one step to 0 along the drift, without noise.
     randn(x) is called once for each step that has noise. Raises ValueError for steps < 1 or last_step outside (0, 1).
@@ -439,3 +439,8 @@ def noise_shift(path, t, sigma_e, first_order=False):
     if not (total <= most + 1e-6).all():
         raise ValueError(f"no level holds noise of standard deviation {total.max().item():g}: the most is {most:g}, at t = 1")
     return path.level(total.clamp(max=most)) - t
+
+
+def extra_noise(path, t, shift):
+    """The σ_e that moves the level of a state by `shift` ≥ 0, from t to at most 1: σ_e² = σ(t + δ)² − σ(t)², noise_shift the other way round."""
+    return (path.sigma((_level(t) + shift).clamp(max=1.0))**2 - path.sigma(t)**2).sqrt()

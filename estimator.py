@@ -35,7 +35,7 @@ from tqdm import tqdm
 import diffusion
 import models
 from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, open_vae, run_folder, sampling_arguments, settle
-from train import (PATHS, RANK, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
+from train import (PATHS, RANK, WORKERS, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
                    is_drawn, join_ranks, lock, number, one_line_errors, open_data, replacing, stop, to_float)
 
 
@@ -52,9 +52,9 @@ def arguments():
     add("--batch", type=number(int, 1), default=128, metavar="N", help="images per step (default: 128)")
     add("--lr", type=number(float, 0), default=1e-3, help="highest rate of AdamW; falls to 0 along a cosine (default: 1e-3)")
     add("--jitter", type=number(float, 0, 2), default=0.4, metavar="J",
-        help="contrast times e^-J to e^J, brightness +- J/2, so that the level is read off the noise alone (default: 0.4)")
+        help="contrast times e^-J to e^J, brightness by N(0, (J/2)^2), so that the level is read off the noise alone (default: 0.4)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="default: 0")
-    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else 4)")
+    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else up to 4)")
     add("--out", metavar="FILE", help="default: runs/estimator-<data>[-latents]-<interpolant>.pt")
 
     add = commands.add_parser("measure", story="Measure the noise shift of a checkpoint, in every combination of the settings given.",
@@ -199,7 +199,7 @@ def train(args):
         first = to_float(some_of(training, numbers, size, args.seed))
         estimator.start_from(jitter(first.to(device), args.jitter, generator(args.seed, "jitter", 0)))
 
-    workers = args.workers if args.workers is not None else 0 if training.endless and device.type == "cpu" else min(4, os.cpu_count())
+    workers = args.workers if args.workers is not None else 0 if training.endless and device.type == "cpu" else WORKERS
     loader = torch.utils.data.DataLoader(Batches(training, s), batch_size=None, sampler=range(start, s["steps"]), num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
@@ -212,11 +212,7 @@ def train(args):
 
     def save(step):
         if step % 200 == 0 or step == s["steps"]:
-            try:
-                with replacing(out) as file:
-                    torch.save({"estimator": estimator.state_dict(), "opt": optimizer.state_dict(), "step": step, "settings": s}, file)
-            except RuntimeError:                                  # so torch.save reports a full disk
-                stop(f"cannot write {out}: is the disk full?")
+            save_file({"estimator": estimator.state_dict(), "opt": optimizer.state_dict(), "step": step, "settings": s}, out)
 
     begun = time.perf_counter()
     print(f"a noise estimator ({sum(p.numel() for p in estimator.parameters()) / 1e3:.0f} k parameters) for {data} {image_size}×{image_size}{' in latents' * source.latent} on "
@@ -256,7 +252,7 @@ class Reading:
 
 @torch.no_grad()
 def calibration(estimator, path, images, levels, device):
-    """A Reading of the real images, uint8 (N, C, H, W), at each of the levels."""
+    """A Reading of the real images (N, C, H, W), uint8 pixels or latents, at each of the levels."""
     readings = []
     for t in levels:
         rows, moved = [], []                                      # t̂ and its distribution function at t; how far a known shift moves t̂
@@ -267,10 +263,10 @@ def calibration(estimator, path, images, levels, device):
             posterior = estimator(x)
             rows.append(torch.stack([posterior.mean(), posterior.cdf(t)]).double().cpu().numpy())
             if t + PROBE <= 1 and len(moved) < 2:                # on 1024 of the images: the same ones, so this is sharp enough
-                extra = (path.sigma(t + PROBE)**2 - path.sigma(t)**2).sqrt().float()
+                extra = diffusion.extra_noise(path, t, PROBE).float()
                 moved.append((estimator(x + extra * noise()).mean() - posterior.mean()).mean().item())
-        estimates, rank = np.concatenate(rows, 1)
-        readings.append(Reading(t, estimates, estimates.mean() - t, abs(estimates - t).mean(), ((rank > 0.1587) & (rank < 0.8413)).mean(),
+        estimates, below = np.concatenate(rows, 1)
+        readings.append(Reading(t, estimates, estimates.mean() - t, abs(estimates - t).mean(), ((below > 0.1587) & (below < 0.8413)).mean(),
                                 np.mean(moved) / PROBE if moved else None))
     return readings
 
@@ -335,15 +331,14 @@ def bootstrap(estimates, rng, times=1000):
     return np.stack([estimates[rng.integers(0, len(estimates), len(estimates))].mean(0) for _ in range(times)])
 
 
-def extra_noise(path, t, shift):
-    """σ_e of Statement 1, σ_e² = σ(t + δ)² − σ(t)²; None for a shift towards less noise."""
-    end = min(1.0, t + shift)
-    return math.sqrt(path.sigma(end).item()**2 - path.sigma(t).item()**2) if shift >= 0 else None
+def shift_at(real, t, estimates):
+    """δ(t) = E[t̂(x̂_t)] − E[t̂(x_t)], of estimates (N,) and the Reading of real data at t."""
+    return float(estimates.mean() - real[t].estimates.mean())
 
 
 def near_data(path, real, levels, estimates):
-    """The mean shift over those of the levels where the data outweighs the noise, SNR > 1; NaN where none does."""
-    shift = [estimates[:, j].mean() - real[t].estimates.mean() for j, t in enumerate(levels) if path.alpha(t) > path.sigma(t)]
+    """The mean shift over those of the levels where the data outweighs the noise, SNR = α² / σ² > 1; NaN where none does."""
+    shift = [shift_at(real, t, estimates[:, j]) for j, t in enumerate(levels) if path.alpha(t) > path.sigma(t)]
     return float(np.mean(shift)) if shift else math.nan
 
 
@@ -361,8 +356,9 @@ def shifts(path, real, results):
     for k, (name, levels, estimates) in enumerate(results):
         means, rows = bootstrap(estimates, generator("samples")), []
         for j, t in enumerate(levels):
-            shift = float(estimates[:, j].mean() - real[t].estimates.mean())
-            row = {"t": t, "shift": shift, "interval": between(means[:, j] - real_means[t]), "sigma_e": extra_noise(path, t, shift)}
+            shift = shift_at(real, t, estimates[:, j])
+            row = {"t": t, "shift": shift, "interval": between(means[:, j] - real_means[t]),
+                   "sigma_e": diffusion.extra_noise(path, t, shift).item() if shift >= 0 else None}
             if k and levels == first_levels and len(estimates) == len(first):
                 row["less_than_first"] = float(first[:, j].mean() - estimates[:, j].mean())
                 row["less_interval"] = between(first_means[:, j] - means[:, j])
@@ -375,7 +371,9 @@ def measure(args):
     device = join_ranks()
     ckpt, model, s = open_checkpoint(args.ckpt, args.model)
     latent = s["image_size"] != s["input_size"]
-    latents = (args.latents or s.get("latents") or stop(f"{ckpt} is a model in latents; give those of real data with --latents")) if latent else None
+    latents = args.latents or s.get("latents") if latent else None
+    if latent and not latents:
+        stop(f"{ckpt} is a model in latents; give those of real data with --latents")
     if latent and s["data"] in ("imagenet", "unknown"):           # a published model, which does not say where its data are
         s["data"] = open_source(latents, None, None, None).note["data"]
     file = Path(args.estimator) if args.estimator else default_file(s["data"], s["interpolant"], latent)

@@ -38,7 +38,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import models
-from train import (RANK, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, agree, centre_crop, generator, ignore_signals,
+from estimator import FINE, STYLES, Panel, legend
+from train import (RANK, WORKERS, WORLD, Arguments, ImageFolder, Shapes, UnreadableImage, agree, centre_crop, generator, ignore_signals,
                    is_drawn, join_ranks, lock, number, one_line_errors, rank_0_first, read_image, replacing, stop, write_at)
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -236,7 +237,7 @@ def mean_and_covariance(features, rows=4096):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|μ_1 − μ_2|² + tr(Σ_1 + Σ_2 − 2 √(Σ_1 Σ_2)) for means (D,) and covariances (D, D), arrays or tensors.
+    """|μ_1 − μ_2|² + tr(Σ_1 + Σ_2 − 2 √(Σ_1 Σ_2)) for means (D,) and covariances (D, D), arrays or tensors, for who imports it.
 
     Raises ValueError for shapes that do not fit, and for numbers that are not finite.
     """
@@ -338,7 +339,7 @@ class Source:
             yield data.images(range(data.held_out + i, data.held_out + min(i + batch, self.num)))[0].transpose(0, 2, 3, 1)
 
     def read(self, batch, start):
-        workers = min(4, os.cpu_count()) if self.num > batch else 0
+        workers = WORKERS if self.num > batch else 0
         for images in torch.utils.data.DataLoader(FileBatches(self.files[start:], self.size, batch, self.crop), batch_size=None, num_workers=workers,
                                                   worker_init_fn=ignore_signals):
             if isinstance(images, ValueError):
@@ -390,7 +391,7 @@ class Source:
     def stream(self, batch, start):
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
-                _, dtype, fortran = read_header(file)
+                read_header(file)
                 each = self.size[0] * self.size[1] * 3
                 for i in range(0, start, batch):
                     file.read(batch * each)
@@ -416,7 +417,7 @@ def read_header(file):
 
 
 def npy_header(archive, member):
-    """Shape, dtype and order of an array in an .npz; ValueError when the file holds less than these claim."""
+    """Shape and dtype of an array in an .npz; ValueError when the file holds less than these claim."""
     info = archive.getinfo(member)
     with archive.open(info) as file:
         shape, dtype, fortran = read_header(file)
@@ -424,7 +425,7 @@ def npy_header(archive, member):
         raise ValueError(f"{member} claims {dtype} {shape}, and holds {info.file_size} bytes; make it again")
     if fortran and len(shape) > 2:
         raise ValueError(f"{member} is stored column by column; save it with np.ascontiguousarray")
-    return shape, dtype, fortran
+    return shape, dtype
 
 
 class FileBatches(torch.utils.data.Dataset):
@@ -538,13 +539,16 @@ def unfinished(args):
     return Path(f"{name}.partial") if name else None
 
 
+NO_SUCH_FEATURES = "random features have none"
+
+
 def compare(samples, reference, network_name, wanted, args, device):
     """The metrics that `wanted` names and the sides allow: {name: value}, and {name: why it is left out}."""
     inception, left_out = network_name == "inception", {}
     has = lambda side, key: side.num or key in side.statistics
     for name in wanted:
         if name in ("sfid", "is") and not inception:
-            left_out[name] = "random features have none"
+            left_out[name] = NO_SUCH_FEATURES
         for side in (samples, reference):
             what = {"fid": "mu" if "mu" in side.statistics else "pool", "sfid": "mu_s", "is": None}.get(name, "pool")
             if name not in left_out and not has(side, what) and (name != "is" or side is samples):
@@ -560,8 +564,9 @@ def compare(samples, reference, network_name, wanted, args, device):
     for side in (samples, reference):
         keep_all = side is reference and args.save_stats and inception and "mu_s" not in side.statistics
         there = side.statistics.keys() | side.features.keys()
-        pool = ("pool" not in there and ("precision" in todo or "recall" in todo or "fid" in todo and "mu" not in side.statistics)
-                or bool(args.save_stats and side is reference and "pool" not in side.features))
+        asked = "precision" in todo or "recall" in todo or "fid" in todo and "mu" not in side.statistics
+        saved = args.save_stats and side is reference and "pool" not in side.features
+        pool = bool(asked and "pool" not in there or saved)
         spatial = "spatial" not in there and (keep_all or "sfid" in todo and "mu_s" not in side.statistics)
         keep = (pool, spatial, side is samples and "is" in todo)
         if any(keep) and side.num:
@@ -632,16 +637,17 @@ def spread(values, digits):
 
 def figure(groups, distance):
     """Sets named by their weight of NAG, as estimator.py measure does, as curves over it: FD or FID, and precision against recall."""
-    from estimator import FINE, STYLES, Panel, legend             # the pen
-    curves = {}                                                   # {name without the weight: {weight: {metric: mean}}}
+    curves, without = {}, {}                                      # {(name less the weight, what is beside NAG): {weight: {metric: mean}}}
     for name, rows in groups.items():
-        weight = re.search(r"NAG-([\d.]+)", name)
-        means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-        curves.setdefault(name.replace(weight[0], "NAG") if weight else "", {})[float(weight[1]) if weight else 0.0] = means
-    none = curves.pop("", {})
-    curves = {name: dict(sorted({**none, **points}.items())) for name, points in curves.items()}
+        nag = re.search(r"(classifier-)?NAG-([\d.]+)-on-[\d.]+-[\d.]+-?", name)
+        means = {key: float(np.mean([row[key] for row in rows])) for key in ("fid", "precision", "recall") if all(key in row for row in rows)}
+        if nag:
+            curves.setdefault((name.replace(f"NAG-{nag[2]}", "NAG", 1), name.replace(nag[0], "")), {})[float(nag[2])] = means
+        else:
+            without[name.removeprefix("no-guidance-").removeprefix("no-guidance")] = means
+    curves = {name: dict(sorted({**({0.0: without[rest]} if rest in without else {}), **points}.items())) for (name, rest), points in curves.items()}
     points = [point for curve in curves.values() for point in curve.values()]
-    if not points or not {"fid", "precision", "recall"} <= points[0].keys():
+    if not points or not all({"fid", "precision", "recall"} <= point.keys() for point in points):
         raise ValueError("nothing to draw: --plot takes images of several weights of NAG, from: python estimator.py measure --w-nag 0 1 2 --keep-images")
 
     def span(values):
@@ -702,12 +708,10 @@ def main():
     digits = lambda name: 6 if name == "shift" else 5 if name == "fid" and choice == "random" else 4
     holds = lambda side: " and ".join([f"{side.num:,} images"] * bool(side.num) + ["statistics"] * bool(side.statistics))
     if len(results) == 1:
-        (samples, _, values, left_out), = results
+        (samples, _, values, _), = results
         print(f"samples     {samples.name} ({holds(samples)})\nreference   {reference.name} ({holds(reference)})")
         for name, value in values.items():
             print(f"{titles[name]:16} {value:10.{digits(name)}f}")
-        if left_out and (args.metrics or choice == "inception"):
-            print("left out:", "; ".join(f"{titles[name]} ({why})" for name, why in left_out.items()))
     groups = {}                                                   # sets of one file name in several folders are seeds of one setting
     for samples, _, values, _ in results:
         groups.setdefault(Path(samples.name).stem, []).append(values)
@@ -717,6 +721,10 @@ def main():
               f"| samples | sets | {' | '.join(titles[name] for name in shown)} |\n|---|---|{'---|' * len(shown)}")
         for group, rows in sorted(groups.items(), key=lambda item: "no-guidance" not in item[0]):
             print(f"| {group} | {len(rows)} | {' | '.join(spread([row[name] for row in rows], digits(name) - 1) for name in shown)} |")
+    missing = {f"{titles[name]} ({why})": None for *_, left_out in results for name, why in left_out.items()
+               if args.metrics or why != NO_SUCH_FEATURES}
+    if missing:
+        print("left out:", "; ".join(missing))
     if args.plot:
         try:
             page = figure(groups, titles["fid"])

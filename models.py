@@ -9,7 +9,9 @@ Two of its embeddings have a null:
     class   row `num_classes` of the label table     for classifier-free guidance
     level   `t_embedder.null_embedding`              for noise awareness guidance, D(null, y)
 
-Every name and shape is that of the published checkpoints, which therefore load as they are.
+Names and shapes are those of the published checkpoints, which lack but the null embedding of the level; `from_checkpoint` adds
+it, and turns SiT's time and sign into ours. Below the transformer stand the autoencoder for latents, the noise estimator's network
+(here, because sample.py guides by it), and the loading of weights, others' among them.
 
     model = MODELS["SiT-XL/2"](input_size=32, in_channels=4, num_classes=1000)
     out = model(x, t, y)                               # t is the network's own time, see diffusion.py
@@ -18,6 +20,7 @@ Every name and shape is that of the published checkpoints, which therefore load 
 import argparse
 import hashlib
 import math
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from torch.nn import functional as F
 # Embeddings: the patch position, the noise level, the class
 
 
-def sincos_2d(width, side, dtype=torch.float32):
+def sincos_2d(width, side):
     """Fixed position table (1, side², width): half of the channels tell the column, half the row, as [sin, cos]."""
     if width % 4:
         raise ValueError(f"the hidden size must be a multiple of 4 for the position table, not {width}")
@@ -40,7 +43,7 @@ def sincos_2d(width, side, dtype=torch.float32):
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                                # (side, width / 2)
     column = line[None, :, :].expand(side, side, -1)
     row = line[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=2).reshape(1, side * side, width).to(dtype)
+    return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
 
 
 class PatchEmbed(nn.Module):
@@ -108,10 +111,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, hidden_size, ratio=4):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, ratio * hidden_size)
-        self.fc2 = nn.Linear(ratio * hidden_size, hidden_size)
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x):
         weight, bias = self.fc1.weight, self.fc1.bias
@@ -317,8 +320,9 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, widths=(128, 256, 512, 512)):
+    def __init__(self):
         super().__init__()
+        widths = 128, 256, 512, 512
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(Stage(widths[max(i - 1, 0)], width, 2, downsample=i < 3) for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1])
@@ -333,8 +337,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, widths=(512, 512, 256, 128)):
+    def __init__(self):
         super().__init__()
+        widths = 512, 512, 256, 128
         self.conv_in = nn.Conv2d(VAE.channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList(Stage(widths[max(i - 1, 0)], width, 3, upsample=i < 3) for i, width in enumerate(widths))
@@ -356,7 +361,7 @@ class VAE(nn.Module):
     """
 
     factor, channels, scale, pixels = 8, 4, 0.18215, 2**19
-    encode_flops, decode_flops = 4.2e6, 9.5e6                      # per pixel, at 256×256
+    decode_flops = 9.5e6                                          # per pixel, at 256×256
 
     def __init__(self):
         super().__init__()
@@ -508,7 +513,7 @@ def load_file(path, otherwise="train one with: python train.py"):
         raise ValueError(f"no file {path}; {otherwise}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))      # files of before 2020 are no archives
     except Exception as error:  # torch.load raises a dozen kinds, for damaged files and for pickles that carry code
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); give another file") from None
     if not isinstance(checkpoint, dict):
@@ -642,7 +647,7 @@ def foreign(checkpoint, name, source):
         settings["noise_drop"] = 0.1 if trained_here else 0.0
         if not trained_here:
             state = convert_sit(state) if name.startswith("SiT") else state
-            state["t_embedder.null_embedding"] = torch.zeros(width)
+            state["t_embedder.null_embedding"] = torch.zeros(width)          # its place; from_checkpoint fills it
     except (AttributeError, KeyError, ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"{source} is no checkpoint of a DiT or SiT ({' '.join(str(error).split())[:100]}); give another file") from None
     return state, settings

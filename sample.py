@@ -355,7 +355,7 @@ def benchmark(args, device):
              "NAG + CFG": (2.0, 1.5, everywhere), "NAG on half of the levels": (3.0, 1.0, half)}
     sampler = Sampler(model.to(device).eval().requires_grad_(False), s, args, [0], device)
     dtype, took = torch.bfloat16 if args.precision == "bf16" else torch.float32, {kind: [] for kind in kinds}
-    asked = {}                                                    # branches that a whole run asks for
+    asked = {}                                                    # branches that a whole run of the `kind` below asks for
     def counted(x, *rest, **options):
         asked[kind] += len(x) / args.batch
         return network(x, *rest, **options)
@@ -364,7 +364,8 @@ def benchmark(args, device):
     for repeat in range(1 + rounds):                              # the first warms up; then the kinds take turns
         rates.append(matmul_rate(device, dtype, 0.5))
         args.steps = 2 if repeat == 0 else steps
-        for kind, (args.w_nag, args.cfg_scale, args.nag_interval) in kinds.items():
+        for kind, terms in kinds.items():
+            args.w_nag, args.cfg_scale, args.nag_interval = terms
             asked[kind] = 0
             synchronize(device)
             start = time.perf_counter()

@@ -46,6 +46,7 @@ from tqdm import tqdm
 import diffusion
 import models
 
+WORKERS = min(4, os.cpu_count())                                  # processes that prepare batches, where nothing else is said
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
@@ -164,7 +165,7 @@ class Shapes:
         normal /= np.hypot(*normal)
         return normal[0] * (r * np.cos(fold) - tip) + normal[1] * r * np.sin(fold)
 
-    def images(self, indices, flip=None):
+    def images(self, indices, flip=None):                         # no flips: all that they could show is drawn anyway
         u = np.stack([generator(self.seed, "shapes", int(i)).random(6) for i in indices]).T[:, :, None, None]
         label = (u[0] * len(self.classes)).astype(np.int64).ravel()
         radius, angle, hue = 0.6 + 0.25 * u[1], np.pi / 9 * (2 * u[4] - 1), 6 * u[5]     # up to 20° to either side
@@ -389,6 +390,15 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
+def save_file(contents, path):
+    """A checkpoint, which takes its place when it is whole."""
+    try:
+        with replacing(path) as file:
+            torch.save(contents, file)
+    except RuntimeError:                                          # so torch.save reports a full disk
+        stop(f"cannot write {path}: is the disk full? What was written before is whole")
+
+
 LOCKS = {}                                                        # open files by name: each lock is held until its process ends
 
 
@@ -497,12 +507,14 @@ def fitting_micro_batch(model, device, batch, precision):
     """Largest equal share of this rank's batch whose activations fit beside the model's state, by their count.
 
     Per token and block the backward pass keeps about 26 numbers per channel, at most 4 bytes each, and the attention map
-    where it is written out; per parameter there will be a gradient, two moments and a half-precision copy.
+    where it is written out (with grad_checkpoint: that of one block, and what goes into each); per parameter there will be a
+    gradient, two moments and a half-precision copy.
     """
     tokens, width, depth = model.pos_embed.shape[1], model.pos_embed.shape[2], len(model.blocks)
     number_bytes = 2.6 if precision == "bf16" else 4
     attention = 3 * model.blocks[0].attn.num_heads * tokens if device.type == "cpu" else 0
-    per_image = tokens * depth * (26 * width + attention) * number_bytes
+    inside = tokens * (26 * width + attention) * number_bytes                               # of one block
+    per_image = inside + 4 * tokens * width * depth if model.grad_checkpoint else inside * depth
     state = 14 * sum(p.numel() for p in model.parameters())
     fit = max(1, int((0.85 * free_memory(device) - state) / per_image))
     return math.ceil(batch / math.ceil(batch / fit))
@@ -587,7 +599,7 @@ def read_note(folder):
         return None
     try:
         note = json.loads(path.read_text())
-        valid = all(type(note[key]) is kind for key, kind in kinds.items()) and note["images"] > 0 < note["image_size"]
+        valid = all(type(note[key]) is kind for key, kind in kinds.items()) and min(note["images"], note["image_size"]) > 0
         valid = valid and all(type(name) is str for name in note["classes"]) and type(note["vae"]) in (str, type(None))
     except (ValueError, KeyError, TypeError):
         valid = False
@@ -733,7 +745,7 @@ def open_latents(s, given, device):
                 stop(f"--image-size {s['image_size']} is not a multiple of {models.VAE.factor}, as the VAE needs; give one that is")
             with rank_0_first():
                 vae = models.load_vae(s.get("vae"))
-            workers = s["workers"] if "workers" in s else min(4, os.cpu_count())
+            workers = s.get("workers", WORKERS)
             encode(ImageFolder(s["data"], s["image_size"]), s["data"], folder, vae, s.get("vae"), device, s.get("skip_bad", False), workers)
         latents = Latents(folder)
     except ValueError as error:
@@ -777,12 +789,12 @@ def arguments():
         "0: constant (default: 300 for Ti, with --init 40; else 0)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY", help="of the averaged weights (default: 0.9999)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
-    add("--out", metavar="DIR", help="default: runs/<data>-<model>")
-    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else 4)")
+    add("--out", metavar="DIR", help="default: runs/<data>-<model>, with --init of a run runs/<run>[-on-<data>]-tuned")
+    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else up to 4)")
     add("--ckpt-every", type=number(int, 1), metavar="STEPS", help="checkpoint and samples (default: 1000 for Ti, else 5000)")
     add("--keep", type=number(int, 0), metavar="N", help="checkpoints kept, 0 for all (default: 3)")
     add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
-    add("--grad-checkpoint", action="store_true", help="keep no activations inside the blocks, compute them again: less memory, a third slower")
+    add("--grad-checkpoint", action="store_true", help="keep no activations inside the blocks, compute them again: less memory, a quarter slower")
     add("--benchmark", action="store_true", help="measure speed and memory of --model (default: DiT-XL/2) on latents of --image-size; one line of JSON")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
     return vars(parser.parse_args())
@@ -795,6 +807,13 @@ DEFAULTS = {
 FINE_TUNING = {"Ti": dict(steps=400, lr=1.5e-3, warmup=40)}        # beside these, where --init is given
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
          "init", "train_only", "classes", "images", "encoding")   # what may not change while a run lasts
+
+
+def share(batch):
+    """A rank's part of a batch."""
+    if batch % WORLD:
+        stop(f"a batch of {batch} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
+    return batch // WORLD
 
 
 def compiles(device):
@@ -823,8 +842,7 @@ def resolve(given, out, saved, init, device):
             option = f"--{name.replace('_', '-')}"
             before = f"with {option} {saved[name]}" if name in saved else f"without {option}"
             stop(f"{out} was started {before}, not {given[name]}; give another --out")
-    if s["batch"] % WORLD:
-        stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
+    share(s["batch"])
 
     # In pixels, or in latents?
     in_latents = bool(init and init["in_channels"] == models.VAE.channels or "latents" in s or "vae" in s)
@@ -834,7 +852,7 @@ def resolve(given, out, saved, init, device):
     if in_latents and drawn:
         stop("shapes are trained in pixels; give the --data to encode, or a folder of --latents")
     in_latents = in_latents or not drawn and s["image_size"] >= 256
-    kind = lambda size, latent: f"{size}×{size} {'images in latents' if latent else 'pixels'}"
+    kind = lambda pixels, latent: f"{pixels}×{pixels} {'images in latents' if latent else 'pixels'}"
     asked, has = kind(s["image_size"], in_latents), init and kind(init["image_size"], init["in_channels"] == models.VAE.channels)
     if init and has != asked:
         stop(f"{s['init']} is a model of {has}, not of {asked}; give --image-size {init['image_size']}, or other data")
@@ -850,7 +868,7 @@ def resolve(given, out, saved, init, device):
         if name in saved and s[name] != saved[name]:
             stop(f"the {name} of {s['data']} changed since {out} was started; give another --out")
 
-    s.setdefault("workers", 0 if data.endless and device.type == "cpu" else min(4, os.cpu_count()))
+    s.setdefault("workers", 0 if data.endless and device.type == "cpu" else WORKERS)
     if "init" in s and not data.endless and not {"steps", "epochs"} & (saved.keys() | given.keys()):
         s["epochs"] = 10
     if "epochs" in s:
@@ -878,7 +896,7 @@ class Trainer:
     """A model, its average and its optimiser on this rank, and the step that moves all three."""
 
     def __init__(self, model, s, device):
-        self.s, self.device, self.share = s, device, s["batch"] // WORLD
+        self.s, self.device, self.share = s, device, share(s["batch"])
         self.dtype = torch.bfloat16 if s["precision"] == "bf16" else torch.float32
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         if device.type == "cuda":                                 # what bf16 leaves in fp32 is TF32; with --precision fp32, fp32
@@ -953,9 +971,7 @@ def benchmark(given, device):
     model, defaults = synthetic(given.get("model", "DiT-XL/2"), given.get("image_size"))
     s = {"ema": 0.9999, **defaults, "compile": compiles(device), **given}
     s["precision"] = s.get("precision") or agree(fast_precision(device))
-    if s["batch"] % WORLD:
-        stop(f"a batch of {s['batch']} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
-    trainer, B, rng = Trainer(model, s, device), s["batch"] // WORLD, torch.Generator().manual_seed(0)
+    trainer, B, rng = Trainer(model, s, device), share(s["batch"]), torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, B, model.in_channels, model.input_size, model.input_size, generator=rng)
     batch = [x0, torch.randint(0, 1000, (B,), generator=rng), (1 + torch.randint(0, 1000, (B,), generator=rng)) / 1000, eps, torch.rand(B, generator=rng) < 0.1]
     batch = [part.pin_memory() for part in batch] if device.type == "cuda" else batch
@@ -1029,8 +1045,15 @@ def main():
         given[name] = os.path.normpath(given[name])               # photos/ is photos
     model_name = given.get("model") or {name: model for name, (model, _) in models.PUBLISHED.items()}.get(given.get("init"), "SiT-Ti/2")
     data_name = Path(given.get("data") or given.get("latents", "shapes")).name
-    tuned = "-tuned" if "init" in given else ""
-    out = Path(given.pop("out", f"runs/{data_name}-{model_name.replace('/', '-')}{tuned}"))
+    name = f"{data_name}-{model_name.replace('/', '-')}"
+    if "init" in given:
+        origin = Path(given["init"])
+        if origin.parent.name == "checkpoints":                   # of a run
+            origin = origin.parent.parent
+        if given["init"] not in models.PUBLISHED and "model" not in given:
+            name = origin.name.removesuffix(".pt") + (f"-on-{data_name}" if "data" in given else "")
+        name += "-tuned"
+    out = Path(given.pop("out", f"runs/{name}"))
     device = join_ranks()
     if given.pop("benchmark", False):
         return benchmark(given, device)
@@ -1119,13 +1142,8 @@ def main():
     def save(step):
         if RANK == 0:
             still_there(step)
-            target = out / "checkpoints" / f"{step:07}.pt"
-            try:
-                with replacing(target) as file:
-                    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                                "step": step, "settings": s}, file)
-            except RuntimeError:                                  # so torch.save reports a full disk
-                stop(f"cannot write {target}: is the disk full? The checkpoints before it are whole")
+            save_file({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
+                       "step": step, "settings": s}, out / "checkpoints" / f"{step:07}.pt")
             for old in checkpoints(out)[:-s["keep"]] if s["keep"] else ():
                 old.unlink()
 
@@ -1154,7 +1172,8 @@ def main():
     bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
     losses, since, step = [], time.perf_counter(), start
     decoding = models.VAE.decode_flops * s["image_size"]**2 if data.latent else 0
-    grid_takes, drawn = 32 * (50 * model.flops() + decoding) / (usual * rate / WORLD), time.perf_counter()      # in seconds; when
+    grid_takes = 32 * (50 * model.flops() + decoding) / (usual * rate / WORLD)              # in seconds
+    last_grid = time.perf_counter()
     for batch in loader:
         if isinstance(batch, UnreadableImage):
             stop(batch, everywhere=True)
@@ -1190,9 +1209,9 @@ def main():
             losses = []
         if saving and step > start:
             save(step)
-            if not stopping and grid_takes < max(20, time.perf_counter() - drawn):
+            if not stopping and grid_takes < max(20, time.perf_counter() - last_grid):
                 draw(step)
-                drawn = time.perf_counter()
+                last_grid = time.perf_counter()
             elif not stopping and RANK == 0:
                 bar.write(f"no samples at step {step}: they would take {in_words(grid_takes)}, longer than the training since the last")
             since = time.perf_counter()
@@ -1201,7 +1220,7 @@ def main():
     bar.close()
     if RANK == 0:
         print(f"stopped at step {step}; the same command goes on" if stopping else
-              f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py --w-nag 3 --ckpt {out}")
+              f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py{' --w-nag 3' if s['noise_drop'] else ''} --ckpt {out}")
     if stopping:
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])          # as a shell knows it, so that && does not go on
 

@@ -36,7 +36,7 @@ import diffusion
 import models
 from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, open_vae, run_folder, sampling_arguments, settle
 from train import (PATHS, RANK, WORKERS, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
-                   is_drawn, join_ranks, lock, number, one_line_errors, open_data, replacing, stop, to_float)
+                   is_drawn, join_ranks, lock, number, one_line_errors, open_data, replacing, save_file, stop, to_float)
 
 
 def arguments():

@@ -374,7 +374,7 @@ def sample_ddpm(denoise, x, path, steps=250, randn=torch.randn_like):
 def sample_sde(denoise, x, path, steps=250, randn=torch.randn_like, last_step=0.04):
     """Euler–Maruyama on the reverse SDE (SiT, Ma et al., 2024, eq. 6), (B, C, H, W) -> x_0.
 
-        dx = [v − g s] dt + sqrt(2 g) dW,  g(t) = σ(t),  from t = 1 down
+        dx = [v − g s] dt + sqrt(2 g) dW,  g(t) = σ(t), half of the paper's w_t,  from t = 1 down
 
     `steps` evaluations: steps − 1 equal steps down to t = last_step, then one step to 0 along the drift, without noise.
     randn(x) is called once for each step that has noise. Raises ValueError for steps < 1 or last_step outside (0, 1).

@@ -431,8 +431,8 @@ class NoiseEstimator(nn.Module):
     """How noisy is x? A small network that answers with a density over the level, g_φ(t|x), a truncated Gaussian.
 
     Noise is what is left when the picture is explained away, and its level is an energy: so both parts below end in squares,
-    averaged, and a small MLP reads location and width off their logarithms. (For Gaussian data these are the sufficient
-    statistics: log p(x|t) is a sum of squares in the data's principal axes.)
+    averaged, and a small MLP reads location and width off their logarithms. (For centred Gaussian data log p(x|t) is a weighted sum
+    of squares in the data's principal axes; a band averages neighbours of nearly equal variance, and loses little.)
         maps    a convolutional network over 2×2 patches, free to leave of x what its neighbourhood does not predict
         bands   the whole image in the data's principal axes, in bands from strong to weak; good for what is global
     Input (B, in_channels, input_size, input_size), pixels or latents; it reads in fp32, under autocast too.
@@ -459,7 +459,7 @@ class NoiseEstimator(nn.Module):
         x0, count = x0.flatten(1), self.axes.out_features
         axes = torch.pca_lowrank(x0, q=min(count, len(x0)), niter=4)[2].T
         self.axes.weight[:len(axes)] = axes
-        self.axes.bias[:] = -self.axes.weight @ x0.mean(0) / 2
+        self.axes.bias[:] = -self.axes.weight @ x0.mean(0) / 2    # centred for levels in the middle, where the mean of x is about half of that
         place, centre = torch.linspace(0, 1, count, device=x0.device), torch.linspace(0, 1, len(self.bands), device=x0.device)
         self.bands[:] = -((place - centre[:, None]) * len(self.bands)).square().clamp(max=32) / 4
 

@@ -5,7 +5,7 @@
 
 In this order: the network; interpolants, loss, samplers and guidance on Gaussian data, whose exact answers are known; the noise
 estimator; data; the scripts, run as a user runs them; published weights and latents; what must survive kills, damaged files and
-full disks; what is made of an estimator's readings; the metrics; the README itself.
+full disks; what is made of an estimator's readings; what a user does wrong; memory; the metrics; the README itself.
 """
 import argparse
 import functools
@@ -1846,6 +1846,10 @@ def test_a_tenth_of_a_folder_is_held_out(photos):
     assert all(data.labels[data.files.index(file)] == label for file, label in zip(part.files, part.labels))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a user does wrong ends in one line that names it
+
+
 ERRORS = [  # script, arguments, what the line must name
     ("train.py", "--model DiT-XXL/2", "DiT-XXL/2"),
     ("train.py", "--steps 0", "'0'"),
@@ -1944,6 +1948,10 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
     done = script("train.py", *SMALL, "--batch", 3, "--steps", 1, cwd=tmp_path, ranks=2)
     assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("train.py: a batch of 3 cannot be shared by 2 ranks")]
     assert 'exitcode  : 2' in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
 
 
 @slow

@@ -350,20 +350,20 @@ class Source:
         try:
             with zipfile.ZipFile(self.name) as archive:
                 headers = {member.removesuffix(".npy"): npy_header(archive, member) for member in archive.namelist() if member.endswith(".npy")}
-                for key, (shape, dtype, _) in headers.items():
+                for key, (shape, dtype) in headers.items():
                     if dtype.hasobject:
                         raise ValueError(f"{self.name}: {key} holds pickled objects, which are not opened; save plain arrays")
                 if "arr_0" in headers:
-                    shape, dtype, _ = headers["arr_0"]
+                    shape, dtype = headers["arr_0"]
                     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
                         raise ValueError(f"{self.name}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
                     self.num, self.size, self.images = min(shape[0], self.limit or shape[0]), shape[1:3], self.stream
-                if headers.get("shift", (None,))[:2] == ((), np.float64):
+                if headers.get("shift") == ((), np.float64):
                     with archive.open("shift.npy") as file:
                         self.shift = float(np.lib.format.read_array(file, allow_pickle=False))
                 for key, ndim in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2), ("pool", 2), ("size", 1), ("network", 0)):
                     if key in headers:
-                        shape, dtype, _ = headers[key]
+                        shape, dtype = headers[key]
                         if len(shape) != ndim or dtype.kind != {"network": "U", "size": "i"}.get(key, "f") or math.prod(shape) * dtype.itemsize > 8e9:
                             raise ValueError(f"{self.name}: {key} is {dtype} {shape}, which is no such statistic")
                         with archive.open(f"{key}.npy") as file:

@@ -2160,6 +2160,10 @@ def test_several_sets_make_a_table_with_mean_and_deviation_over_seeds(sets):
     assert Image.open(sets / "curves.png").size == (1000, 440)
     curve = script("fid.py", "a.npz", "shapes", "--num", 600, "--plot", "none.png", cwd=sets)
     assert curve.returncode == 2 and "nothing to draw" in curve.stderr and not (sets / "none.png").exists()
+    features = np.random.default_rng(0).standard_normal((600, 512))
+    np.savez(sets / "bare.npz", mu=features.mean(0), sigma=np.cov(features.T), network="random", size=[16, 16])
+    _, done = compared(sets, "seed0/no-guidance.npz", "seed1/no-guidance.npz", "bare.npz", "--features", "random")
+    assert "left out: precision (bare.npz holds no images and no features); recall" in done.stdout and "sFID" not in done.stdout
 
 
 def test_the_curve_over_the_weight_passes_through_its_points():

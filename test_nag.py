@@ -2312,7 +2312,7 @@ def test_every_command_and_option_in_the_readme_exists(monkeypatch, capsys):
     """Each script reads its arguments, with the loops' variables filled in; and options named in the text are some script's."""
     found = 0
     for line in commands():
-        line = line.replace("$seed", "0").replace("$model", "SiT")
+        line = line.replace("$seed", "0").replace("$model", "SiT").replace("$steps", "50")
         for name, args in re.findall(r"(?:python|torchrun .*?) ?(\w+\.py)([^&;|]*)", line):
             if name in SCRIPTS:
                 monkeypatch.setattr(sys, "argv", [name, *shlex.split(args)])

@@ -1954,6 +1954,17 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
 # Memory
 
 
+def test_gradient_checkpoints_let_more_images_through_at_once(monkeypatch):
+    """Of DiT-B/2 in 8 GB beside its weights: at least twice as many, and still fewer than the batch."""
+    monkeypatch.setattr(train, "free_memory", lambda device: 8e9)
+    with torch.device("meta"):
+        model = models.MODELS["DiT-B/2"]()
+    fitting = {}
+    for model.grad_checkpoint in (False, True):
+        fitting[model.grad_checkpoint] = train.fitting_micro_batch(model, torch.device("cuda"), 4096, "bf16")
+    assert 1 < 2 * fitting[False] <= fitting[True] < 4096
+
+
 @slow
 def test_training_the_tiny_model_stays_under_1500_megabytes(tmp_path):
     code = (f"import sys; sys.argv = ['train.py', '--model', 'DiT-Ti/2', '--steps', '4']; sys.path.insert(0, {str(HERE)!r})\n"

@@ -1051,7 +1051,7 @@ def main():
         if origin.parent.name == "checkpoints":                   # of a run
             origin = origin.parent.parent
         if given["init"] not in models.PUBLISHED and "model" not in given:
-            name = origin.name.removesuffix(".pt") + (f"-on-{data_name}" if "data" in given else "")
+            name = origin.name.removesuffix(".pt") + (f"-on-{data_name}" if {"data", "latents"} & given.keys() else "")
         name += "-tuned"
     out = Path(given.pop("out", f"runs/{name}"))
     device = join_ranks()

@@ -968,6 +968,24 @@ def test_training_follows_the_same_curve_on_two_ranks(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "on2"), losses(tmp_path / "on1"), rtol=1e-5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are named in /proc")
+def test_no_thread_of_a_process_group_outlives_it(tmp_path):
+    """One that did aborted the process now and then: it asked for Python's lock while Python ended."""
+    code = f"""
+import pathlib, torch, train
+names = lambda: [file.read_text().strip() for file in pathlib.Path('/proc/self/task').glob('*/comm')]
+torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1)
+network = train.DistributedDataParallel(torch.nn.Linear(1, 1))
+network(torch.ones(1, 1)).sum().backward()
+print('with', *names())
+del network
+torch.distributed.destroy_process_group()
+print('without', *names())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    alive, left = done.stdout.splitlines()
+    assert "gloo" in alive and left.startswith("without") and "gloo" not in left, done.stdout + done.stderr
+
+
 def test_two_nodes_follow_the_curve_of_one_process(runs):
     """As on two machines: a torchrun for each, that meet at an address."""
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{21_000 + os.getpid() % 20_000}"]

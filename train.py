@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn                                       # early: imported later, by DDP, its default arguments would keep the group alive
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -107,8 +108,6 @@ def one_line_errors(main):
         raise SystemExit(130) from None
     finally:
         if dist.is_initialized() and (sys.exc_info()[0] is None or not torch.cuda.is_available()):
-            if sys.exc_info()[0] is None:
-                dist.barrier()                                    # leave together: a rank that goes early may abort while others still receive
             dist.destroy_process_group()                          # after an error NCCL could wait for the others for ever
 
 

@@ -1,612 +1,441 @@
-"""See the noise shift: how much noise do the states of a sampler really hold, and does NAG mend it?
+"""See the noise shift: how much noise do the states of a sampler really hold, and does NAG help?
 
-    python estimator.py train                                   # g_φ(t|x) on the drawn shapes, minutes on two CPU cores
-    python estimator.py measure --w-nag 0 1 3                   # the newest checkpoint: a table, shift.json and shift.png
-    python sample.py --w-nag-classifier 1 --estimator runs/estimator-shapes-linear.pt
+    python estimator.py train                    # g_φ(t|x) on the shapes: minutes on a CPU
+    python estimator.py measure --w-nag 0 1 3    # newest checkpoint: tables, shift.json, shift.png
 
-g_φ(t|x) (models.NoiseEstimator) is trained on real data noised to known levels, by maximum likelihood, and knows nothing of
-any sampler. Its mean t̂(x) reads the level off a state. Read off the states x̂_t of a sampler, at nominal level t, it shows the
-noise shift (Zhong et al., 2025), and read off real data at the same t what of that is the estimator's own bias:
+The noise estimator g_φ(t|x) (models.NoiseEstimator) learns from real data alone, noised to known
+levels t: it fits a density over t by maximum likelihood, and never meets a sampler. The mean of
+that density, t̂(x), is the level that a state x seems to have. Its average over the states x̂_t of
+a sampler at level t, less its average over real data at t, where it errs by its own bias, is the
+noise shift (Zhong et al., 2025). Their Statement 1 gives the extra noise σ_e that makes it:
 
-    δ(t) = E[t̂(x̂_t)] − E[t̂(x_t)],        and by Statement 1 the extra noise σ_e² = σ(t + δ)² − σ(t)²
+    δ(t) = E[t̂(x̂_t)] − E[t̂(x_t)],        σ_e² = σ(t + δ)² − σ(t)²
 
-The level of a state shows twice: in its noise, σ(t), and in the strength of its signal, α(t), where data have a known one, as
-shapes on one grey ground do. Errors of a sampler add noise and leave the signal, so that a reader who trusts the signal
-overlooks a part of them. Therefore contrast and brightness of the training images are jittered (--jitter 0: the plain
-posterior). How much the estimator sees of a known shift is measured too, and printed ("seen"): on VP at large t, σ is almost 1
-everywhere, only α tells the level, and even an ideal reader sees little.
+Not every shift can be seen: on VP at large t, σ is close to 1 everywhere, and tells little about t.
+So noise is added to real data, too, to make a known shift. Where the share of it that t̂ shows,
+"seen", is far below 1, the true shift is larger than δ. An estimator can also guide sampling, by
+--w-nag-classifier 1 --estimator FILE; then another one has to judge.
 """
-import argparse
 import copy
-import dataclasses
-import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
+import train                      # before torch is loaded: it sets how its threads wait
+
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import diffusion
 import models
-from sample import Sampler, guidance_name, open_checkpoint, open_estimator, open_guide, open_vae, run_folder, sampling_arguments, settle
-from train import (PATHS, RANK, WORKERS, WORLD, Arguments, Batches, Latents, UnreadableImage, agree, compiles, fast_precision, generator, ignore_signals,
-                   is_drawn, join_ranks, lock, number, one_line_errors, open_data, replacing, save_file, stop, to_float)
+import sample
+
+LEVELS = 19                                         # the shift is measured at so many levels
+PROBE = 0.03                                        # the known shift
+FILE = "runs/estimator-{}-{}.pt"                    # for data[-latents] and interpolant
+
+# A level shows twice in a state: in its noise, σ(t), and in the strength of its signal, α(t). The
+# errors of a sampler change the noise alone, and an estimator that trusts the signal overlooks a
+# part of them. So it learns from images of another contrast, times e^−J to e^J, and brightness,
+# plus N(0, (J/2)²) in each channel: all that is left to tell the level by is the noise.
+JITTER = 0.4
 
 
-def arguments():
-    parser = Arguments(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | measure")
-
-    add = commands.add_parser("train", story="Train a noise estimator on real data.", help="train a noise estimator").add_argument
-    add("--data", default="shapes", metavar="DIR", help="folder of images, or shapes (default), or some of these, shapes:star,cross")
-    add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: 16 for shapes, else 32)")
-    add("--latents", metavar="DIR", help="in latents, those in this folder, which train.py made, in place of --data")
-    add("--interpolant", choices=PATHS, default="linear", help="default: linear")
-    add("--steps", type=number(int, 1), default=3000, metavar="N", help="default: 3000")
-    add("--batch", type=number(int, 1), default=128, metavar="N", help="images per step (default: 128)")
-    add("--lr", type=number(float, 0), default=1e-3, help="highest rate of AdamW; falls to 0 along a cosine (default: 1e-3)")
-    add("--jitter", type=number(float, 0, 2), default=0.4, metavar="J",
-        help="contrast times e^-J to e^J, brightness by N(0, (J/2)^2), so that the level is read off the noise alone (default: 0.4)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="default: 0")
-    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else up to 4)")
-    add("--out", metavar="FILE", help="default: runs/estimator-<data>[-latents]-<interpolant>.pt")
-
-    add = commands.add_parser("measure", story="Measure the noise shift of a checkpoint, in every combination of the settings given.",
-                              help="measure the noise shift of a checkpoint").add_argument
-    sampling_arguments(add, several=True)
-    add("--estimator", metavar="FILE", help="what reads the levels (default: runs/estimator-<data>[-latents]-<interpolant>.pt)")
-    add("--latents", metavar="DIR", help="the real data of a model in latents (default: where it found them)")
-    add("--guide-estimator", metavar="FILE", help="another estimator, for --w-nag-classifier to guide by: it should not judge itself")
-    add("--num", "--num-samples", type=number(int, 2), default=1024, metavar="N", help="images for each setting (default: 1024)")
-    add("--levels", type=number(int, 1, 999), default=19, metavar="N", help="read at N levels, evenly spaced in t (default: 19)")
-    add("--batch", type=number(int, 1), default=256, metavar="N", help="images at a time on each rank (default: 256)")
-    add("--vae", metavar="FILE", help="for --keep-images of a model in latents, as in sample.py")
-    add("--keep-images", action="store_true", help="keep the images of each setting, too, in an .npz for fid.py")
-    add("--out", metavar="DIR", help="where shift.json, shift.png and images go (default: <run>/shift)")
-    return parser.parse_args()
+# --------------------------------------------------------------------------------------------------
+# Real data, of which a part is held out: to calibrate the estimator, and to compare samples with
 
 
-def default_file(data, interpolant, latent):
-    return Path(f"runs/estimator-{Path(data).name}{'-latents' * latent}-{interpolant}.pt")
+class Part(torch.utils.data.Subset):
+    """Some images of a data set, those with the given numbers, as a data set."""
+    endless = False
+    latent = property(lambda self: self.dataset.latent)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Real data, of which a part is held out: to judge the estimator, and to compare samples with
-
-
-def open_source(latents, data, size, seed):
-    """Latents from their folder, where one is named, or else the pixels of `data`."""
-    if not latents:
-        return open_data(data, size, seed)
-    try:
-        return Latents(latents)
-    except ValueError as error:
-        stop(error)
+    def images(self, indices, *rest):
+        return self.dataset.images(self.indices[indices], *rest)
 
 
 def split(source, seed):
-    """The data to train on, and the numbers of the held-out images: a tenth of them, at most 5000; of shapes no end."""
+    """The data to train on, and those held out: a tenth, at most 5000; of shapes, 20,000 others."""
     if source.endless:
-        return source, None
+        return source, Part(source, np.arange(source.held_out, source.held_out + 20_000))
     if len(source) < 2:
-        stop(f"{len(source)} image is too few to hold some out; give --data another folder")
-    order = generator(seed, "held out").permutation(len(source))
-    held = max(1, min(5000, len(source) // 10))
-    return source.part(order[held:]), order[:held]
+        raise ValueError(f"{len(source)} image is too few to hold some out; give another --data")
+    order = train.generator(seed, "held out").permutation(len(source))
+    count = max(1, min(5000, len(source) // 10))
+    return Part(source, order[count:]), Part(source, order[:count])
 
 
-def some_of(source, numbers, size, seed):
-    """These images: uint8 (N, 3, size, size), or latents (N, 4, size, size) drawn once."""
-    noise = [generator(seed, "posterior").standard_normal((len(numbers), models.VAE.channels, size, size), np.float32)] if source.latent else []
-    try:
-        return torch.from_numpy(source.images(numbers, np.zeros(len(numbers), bool), *noise)[0])
-    except UnreadableImage as error:
-        stop(error)
+def load_images(data, most, size, seed):
+    """Up to `most` images, uint8 (N, 3, size, size), or latents (N, 4, size, size) drawn once."""
+    n, noise = most if data.endless else min(most, len(data)), []
+    if data.latent:
+        shape = n, models.VAE.channels, size, size
+        noise = [train.generator(seed, "posterior").standard_normal(shape, np.float32)]
+    return torch.from_numpy(data.images(np.arange(n), np.zeros(n, bool), *noise)[0])
 
 
-def held_out(source, size, seed, most):
-    """Up to `most` held-out images."""
-    numbers = split(source, seed)[1]
-    return some_of(source, range(source.held_out, source.held_out + most) if numbers is None else numbers[:most], size, seed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training: maximum likelihood of the level
 
 
 def jitter(images, strength, rng):
-    """Another contrast and, for each channel, another brightness for each of the images (B, C, H, W)."""
+    """Images (B, C, H, W) of another contrast and, in each channel, another brightness."""
     B, C = images.shape[:2]
     gain = np.exp(rng.uniform(-strength, strength, (B, 1, 1, 1)))
-    return torch.from_numpy(gain).to(images) * images + torch.from_numpy(rng.normal(0, strength / 2, (B, C, 1, 1))).to(images)
+    offset = rng.normal(0, strength / 2, (B, C, 1, 1))
+    return torch.from_numpy(gain).to(images) * images + torch.from_numpy(offset).to(images)
 
 
-def fit(estimator, path, batches, s, optimizer, start=0, every=lambda step: None):
-    """Fit by the log density of the levels, from step `start` to s["steps"]; `batches` gives (x0, t, eps), one a step."""
-    bar = tqdm(total=s["steps"], initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
-    recent = []
+def fit(estimator, path, batches, args, optimizer, start=0, after_step=lambda step: None):
+    """Maximise log g_φ(t|x), from step `start` on; a batch is x0 (B, C, H, W), t (B,) and eps."""
+    bar = train.progress(total=args.steps, initial=start, unit="step", smoothing=0.05)
     for step, (x0, t, eps) in enumerate(batches, start + 1):
-        warm_up, cosine = min(1, step / 100), (1 + math.cos(math.pi * (step - 1) / s["steps"])) / 2
+        cosine = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = s["lr"] * warm_up * cosine
-        x0 = jitter(x0, s["jitter"], generator(s["seed"], "jitter", step))
+            group["lr"] = args.lr * min(1, step / 100) * cosine
+        x0 = jitter(x0, args.jitter, train.generator(args.seed, "jitter", step))
         loss = -estimator(diffusion.add_noise(path, x0, eps, t)).log_prob(t).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(estimator.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        recent.append(loss.detach())
         bar.update()
-        if step % 50 == 0 or step == s["steps"]:
-            bar.set_postfix_str(f"log density {-torch.stack(recent).mean().item():.3f}")
-            recent = []
-        every(step)
+        if step % 50 == 0:                          # not more often: it waits for the GPU
+            bar.set_postfix_str(f"log density {-loss.item():.3f}")
+        after_step(step)
     bar.close()
 
 
-def train(args):
-    device = join_ranks()
-    if WORLD > 1:
-        stop("an estimator is trained on one device; start it without torchrun")
-    if args.latents and (args.data != "shapes" or args.image_size):
-        stop("--latents are of their own data and size; leave out --data and --image-size")
-    data = os.path.normpath(args.data)
-    image_size = size = args.image_size or (16 if is_drawn(data) else 32)
-    source = open_source(args.latents, data, size, args.seed)
-    if source.latent:
-        data, image_size, size = source.note["data"], source.note["image_size"], source.moments.shape[-1]
-    out = Path(args.out) if args.out else default_file(data, args.interpolant, source.latent)
-    if out.is_dir():
-        stop(f"--out {out} is a folder; give the name of a file")
-    s = {"data": data, "interpolant": args.interpolant, "image_size": image_size, "input_size": size,
-         "in_channels": models.VAE.channels if source.latent else 3, "steps": args.steps,
-         "batch": args.batch, "lr": args.lr, "jitter": args.jitter, "seed": args.seed, "class_drop": 0.0, "noise_drop": 0.0}
-    s["num_classes"], s["images"] = len(source.classes), None if source.endless else len(source)
-    path = PATHS[args.interpolant]().to(device)
+def resume(out, settings, estimator, optimizer):
+    """Load what an earlier run with the same settings wrote, and return its step."""
+    _, before = models.load_estimator(out, "give another --out")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(f"{out} was trained with {name.replace('_', ' ')} {before.get(name)}, "
+                             f"not {value}; give another --out")
+    saved = models.load_file(out)
+    if not {"opt", "step"} <= saved.keys():
+        raise ValueError(f"{out} lacks its optimiser's state; give another --out")
+    estimator.load_state_dict(saved["estimator"])
+    optimizer.load_state_dict(copy.deepcopy(saved["opt"]))          # the file is mapped
+    return saved["step"]
 
-    lock(out.with_name(f".{out.name}.lock"), out)
+
+def train_estimator(args):
+    device = train.join_ranks()
+    if train.WORLD > 1:
+        train.stop("an estimator is trained on one device; start it without torchrun")
+    if args.latents and (args.data or args.image_size):
+        train.stop("--latents have their own data and size; leave out --data and --image-size")
+    if args.latents:
+        source = train.Latents(args.latents)
+        args.data, args.image_size = source.note["data"], source.note["image_size"]
+        args.input_size, args.in_channels = source.size, models.VAE.channels
+    else:
+        args.data = args.data or "shapes"
+        args.image_size = args.image_size or (16 if train.is_drawn(args.data) else 32)
+        args.input_size, args.in_channels = args.image_size, 3
+        source = train.open_data(args.data, args.image_size, args.seed)
+    args.num_classes, args.images = len(source.classes), None if source.endless else len(source)
+    args.jitter, args.class_drop, args.noise_drop = JITTER, 0.0, 0.0
+    settings = {k: v for k, v in vars(args).items() if k not in ("command", "latents", "out")}
+    name = Path(args.data).name + "-latents" * source.latent
+    out = Path(args.out or FILE.format(name, args.interpolant))
+    train.lock(out.with_name(f".{out.name}"))
+
     torch.manual_seed(args.seed)
-    estimator, start, saved = models.NoiseEstimator(size, s["in_channels"]).to(device), 0, {}
+    estimator = models.NoiseEstimator(args.input_size, args.in_channels).to(device)
     optimizer = torch.optim.AdamW(estimator.parameters(), lr=args.lr, weight_decay=0)
-    if out.exists():                                              # finished, or to be gone on with
-        try:
-            estimator_there, settings_there = models.load_estimator(out)
-            saved = models.load_file(out)
-        except ValueError as error:
-            stop(f"{error}; remove it, or give another --out")
-        for name in s:
-            if settings_there.get(name) != s[name]:
-                option = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
-                stop(f"{out} was trained with {option} {settings_there.get(name)}, not {s[name]}; give another --out")
-        try:
-            start = int(saved["step"])
-            estimator.load_state_dict(estimator_there.state_dict())
-            optimizer.load_state_dict(copy.deepcopy(saved["opt"]))
-        except (KeyError, TypeError, ValueError) as error:
-            stop(f"cannot go on from {out} ({error}); remove it, or give another --out")
-        if start >= s["steps"]:
-            print(f"{out} is finished; now: python estimator.py measure --w-nag 0 1 2 --estimator {out}")
-            return
-    training, _ = split(source, args.seed)
-    if not start:
-        numbers = range(min(2048, len(training) if not training.endless else 2048))
-        first = to_float(some_of(training, numbers, size, args.seed))
-        estimator.start_from(jitter(first.to(device), args.jitter, generator(args.seed, "jitter", 0)))
-
-    workers = args.workers if args.workers is not None else 0 if training.endless and device.type == "cpu" else WORKERS
-    loader = torch.utils.data.DataLoader(Batches(training, s), batch_size=None, sampler=range(start, s["steps"]), num_workers=workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-
-    def batches():
-        for batch in loader:
-            if isinstance(batch, UnreadableImage):
-                stop(batch)
-            images, _, t, eps, _ = (part.to(device, non_blocking=True) for part in batch)
-            yield to_float(images), t, eps
+    start = resume(out, settings, estimator, optimizer) if out.exists() else 0
+    then = f"now: python estimator.py measure --w-nag 0 1 2 --judge {out}"
+    if start >= args.steps:
+        return print(f"{out} is finished; {then}")
+    training, held_out = split(source, args.seed)
+    if start == 0:
+        x0 = train.to_float(load_images(training, 2048, args.input_size, args.seed).to(device))
+        estimator.start_from(jitter(x0, JITTER, train.generator(args.seed, "jitter", 0)))
+    workers = 0 if training.endless and device.type == "cpu" else train.WORKERS
+    loader = train.load(train.Batches(training, args), range(start, args.steps), workers, device)
+    batches = ((train.to_float(images.to(device)), t.to(device), eps.to(device))
+               for images, _, t, eps, _ in loader)
 
     def save(step):
-        if step % 200 == 0 or step == s["steps"]:
-            save_file({"estimator": estimator.state_dict(), "opt": optimizer.state_dict(), "step": step, "settings": s}, out)
+        if step % 200 == 0 or step == args.steps:
+            with train.replacing(out) as file:
+                torch.save({"estimator": estimator.state_dict(), "opt": optimizer.state_dict(),
+                            "step": step, "settings": settings}, file)
 
-    begun = time.perf_counter()
-    print(f"a noise estimator ({sum(p.numel() for p in estimator.parameters()) / 1e3:.0f} k parameters) for {data} {image_size}×{image_size}{' in latents' * source.latent} on "
-          f"{args.interpolant}: {s['steps'] - start} steps of {args.batch} images on {device.type}; writes {out}", flush=True)
-    fit(estimator, path, batches(), s, optimizer, start, save)
-    took = time.perf_counter() - begun
-
-    images = held_out(source, size, args.seed, 4096)
-    print(f"\nafter {took:.0f} s; on {len(images)} held-out images:\n\n    t      bias   mean abs. error   68 % interval covers   seen")
-    for row in calibration(estimator.eval(), path, images, [(2 * i + 1) / 20 for i in range(10)], device):
-        print(f"  {row.t:.2f}   {row.bias:+.4f}       {row.error:.4f}             {row.coverage:5.1%}          {in_percent(row.seen)}")
-    print(f"\n(seen: how much of a shift of {PROBE:g}, made of real data by adding noise, the estimator shows)\n"
-          f"{out}; now: python estimator.py measure --w-nag 0 1 2 --estimator {out}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the estimator reads off real data
+    print(f"{out}: {args.data} {args.image_size}×{args.image_size} on {args.interpolant}, steps "
+          f"{start} to {args.steps} of {args.batch} images", flush=True)
+    path = train.PATHS[args.interpolant]()
+    fit(estimator, path, batches, args, optimizer, start, save)
+    images = load_images(held_out, 4096, args.input_size, args.seed)
+    _, calibration = calibrate(estimator.eval(), path, images, np.arange(0.05, 1, 0.1), device)
+    print(f"\non {len(images)} held-out images (seen: the share of a shift of {PROBE:g}):")
+    print_table(calibration)
+    print(then)
 
 
-PROBE = 0.03                                                      # a known shift, to see how much of it is seen
-
-
-def in_percent(share):
-    return "  –  " if share is None else f"{share:4.0%}"
-
-
-@dataclasses.dataclass
-class Reading:
-    """Real data at level t: what is read there, (N,), its mean error, mean absolute error, and how good the densities are."""
-    t: float
-    estimates: np.ndarray
-    bias: float
-    error: float
-    coverage: float                                               # how often the central 68 % of the density hold t
-    seen: float | None                                            # share of a known shift of PROBE; None beyond t = 1
+# --------------------------------------------------------------------------------------------------
+# Measurement: what the estimator makes of real data, and of the states of a sampler
 
 
 @torch.no_grad()
-def calibration(estimator, path, images, levels, device):
-    """A Reading of the real images (N, C, H, W), uint8 pixels or latents, at each of the levels."""
-    readings = []
+def calibrate(estimator, path, images, levels, device):
+    """The estimator on real images (N, C, H, W), uint8 or latents, noised to each of L levels.
+
+    Returns t̂ (N, L), and a table of columns (L,): bias, mean absolute error, how often the central
+    68 % of the density hold t, and the share seen of a shift of PROBE (or 1 − t, if that is less).
+    """
+    columns = []
     for t in levels:
-        rows, moved = [], []                                      # t̂ and its distribution function at t; how far a known shift moves t̂
-        rng = generator("calibration", round(1e6 * t))
+        rng, known = train.generator("calibration", round(1e6 * t)), min(PROBE, 1 - t)
+        sigma_e = diffusion.extra_noise(path, t, known).float()
+        rows = []
         for part in images.split(512):
-            noise = lambda: torch.from_numpy(rng.standard_normal(part.shape, np.float32)).to(device)
-            x = diffusion.add_noise(path, to_float(part.to(device)), noise(), t).float()
-            posterior = estimator(x)
-            rows.append(torch.stack([posterior.mean(), posterior.cdf(t)]).double().cpu().numpy())
-            if t + PROBE <= 1 and len(moved) < 2:                # on 1024 of the images: the same ones, so this is sharp enough
-                extra = diffusion.extra_noise(path, t, PROBE).float()
-                moved.append((estimator(x + extra * noise()).mean() - posterior.mean()).mean().item())
-        estimates, below = np.concatenate(rows, 1)
-        readings.append(Reading(t, estimates, estimates.mean() - t, abs(estimates - t).mean(), ((below > 0.1587) & (below < 0.8413)).mean(),
-                                np.mean(moved) / PROBE if moved else None))
-    return readings
+            noise = rng.standard_normal((2, *part.shape), np.float32)
+            eps, more = torch.from_numpy(noise).to(device)
+            x = diffusion.add_noise(path, train.to_float(part.to(device)), eps, t).float()
+            density = estimator(x)
+            seen = (estimator(x + sigma_e * more).mean() - density.mean()) / known
+            rows.append(torch.stack([density.mean(), density.cdf(t), seen]).double().cpu())
+        columns.append(torch.cat(rows, 1))
+    estimates, below, seen = torch.stack(columns, 2).numpy()        # (N, L) each
+    error, covered = estimates - levels, (below > 0.1587) & (below < 0.8413)
+    return estimates, {"t": levels, "bias": error.mean(0), "mean abs. error": abs(error).mean(0),
+                       "68 % interval covers": covered.mean(0), "seen": seen.mean(0)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it reads off the states of a sampler
+def measured_levels(sampler, count=LEVELS):
+    """The levels that a sampler visits closest to `count` evenly spaced ones, in rising order."""
+    visited, path = set(), sampler.path
 
-
-def combinations(args, ckpt, s):
-    """A Namespace as sample.py has it for each setting that the lists of options combine to; none twice."""
-    if np.any(args.w_nag_classifier) and not args.guide_estimator:
-        stop("--w-nag-classifier needs the estimator to guide by, --guide-estimator FILE; "
-             "train one with: python estimator.py train --seed 1 --out FILE")
-    as_list = lambda value: value if isinstance(value, list) else [value]
-    names = ("sampler", "steps", "w_nag", "cfg_scale", "w_nag_classifier", "guide_scale", "nag_interval", "cfg_interval", "guide_interval")
-    found = {}
-    for values in itertools.product(*(as_list(getattr(args, name)) if getattr(args, name) else [getattr(args, name)] for name in names)):
-        setting = settle(argparse.Namespace(**{**vars(args), **dict(zip(names, values)), "estimator": args.guide_estimator}), ckpt, s)
-        found.setdefault((setting.sampler, setting.steps, guidance_name(setting)), setting)      # NAG 0 has no interval
-    return list(found.values())
-
-
-def visited(sampler):
-    """The levels at which the sampler asks its network, from a run of it on one number."""
-    levels = []
     def note(x, t):
-        levels.append(t.item())
-        return torch.zeros_like(x)
-    sampler.sample(note, torch.zeros(1, 1, 1, 1), sampler.path, steps=sampler.args.steps)
-    return levels
+        visited.add(float(t))
+        return x
 
-
-def nearest(levels, count):
-    """Of the levels inside (0, 1) those next to `count` evenly spaced ones, in rising order."""
-    inside = sorted({t for t in levels if 0 < t < 1})
-    return sorted({min(inside, key=lambda t: abs(t - (i + 1) / (count + 1))) for i in range(count)}) if inside else []
+    sampler.sample(note, torch.zeros(1, 1, 1, 1), path, steps=sampler.args.steps)
+    inside = [t for t in visited if 0 < t < 1]
+    if not any(path.alpha(t) > path.sigma(t) for t in inside):
+        raise ValueError(f"no state with SNR > 1 in {sampler.args.steps} steps; give more --steps")
+    aims = np.arange(1, count + 1) / (count + 1)
+    return sorted({min(inside, key=lambda t: abs(t - aim)) for aim in aims})
 
 
 def observe(estimator, sampler, num, batch, levels):
-    """t̂ (num, levels) off the sampler's states at these levels, each just before its step; and where they lead, uint8 images and labels."""
-    mine = np.array_split(np.arange(num), WORLD)[RANK]
-    rows, drawn = [np.empty((0, len(levels)))], []
-    with sampler.bar(len(mine)) as bar:
-        for at in range(0, len(mine), batch):
-            seen = {}
-            def watch(x, t):
-                if t.item() in levels:                            # Heun's rule comes by twice; the second state is the one it keeps
-                    seen[t.item()] = estimator(x).mean().double().cpu().numpy()
-            drawn.append([part.cpu().numpy() for part in sampler(mine[at:at + batch], bar, watch=watch)])
-            rows.append(np.stack([seen[t] for t in levels], 1))
-    parts = [(np.concatenate(rows), drawn)]
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, (np.concatenate(rows), drawn))
-    rows, drawn = zip(*parts)                                     # in the order of the images
-    images, labels = zip(*itertools.chain(*drawn))
-    return np.concatenate(rows), np.concatenate(images), np.concatenate(labels)
+    """Draw `num` samples, shared by the ranks, and look at their states on the way.
 
-
-def bootstrap(estimates, rng, times=1000):
-    """Means (times, levels) over resampled rows of estimates (N, levels)."""
-    return np.stack([estimates[rng.integers(0, len(estimates), len(estimates))].mean(0) for _ in range(times)])
-
-
-def shift_at(real, t, estimates):
-    """δ(t) = E[t̂(x̂_t)] − E[t̂(x_t)], of estimates (N,) and the Reading of real data at t."""
-    return float(estimates.mean() - real[t].estimates.mean())
-
-
-def near_data(path, real, levels, estimates):
-    """The mean shift over those of the levels where the data outweighs the noise, SNR = α² / σ² > 1; NaN where none does."""
-    shift = [shift_at(real, t, estimates[:, j]) for j, t in enumerate(levels) if path.alpha(t) > path.sigma(t)]
-    return float(np.mean(shift)) if shift else math.nan
-
-
-def shifts(path, real, results):
-    """The shift of each setting, rows of numbers: results is a list of (name, levels, estimates (N, levels)), real {t: Reading}.
-
-    Intervals are bootstrap 95 % over images, of both sides. Settings share their seeds, and where they share the levels
-    the difference to the first one is bootstrapped image by image.
+    Returns, in the order of the samples, t̂ (num, L) of their states at the levels, the images
+    uint8 (num, C, H, W), and the labels (num,).
     """
-    between = lambda means: [float(v) for v in np.percentile(means, (2.5, 97.5))]
-    real_means = {t: bootstrap(reading.estimates[:, None], generator("real", i))[:, 0] for i, (t, reading) in enumerate(real.items())}
-    first_levels, first = results[0][1], results[0][2]
-    first_means = bootstrap(first, generator("samples"))
-    table = []
-    for k, (name, levels, estimates) in enumerate(results):
-        means, rows = bootstrap(estimates, generator("samples")), []
-        for j, t in enumerate(levels):
-            shift = shift_at(real, t, estimates[:, j])
-            row = {"t": t, "shift": shift, "interval": between(means[:, j] - real_means[t]),
-                   "sigma_e": diffusion.extra_noise(path, t, shift).item() if shift >= 0 else None}
-            if k and levels == first_levels and len(estimates) == len(first):
-                row["less_than_first"] = float(first[:, j].mean() - estimates[:, j].mean())
-                row["less_interval"] = between(first_means[:, j] - means[:, j])
-            rows.append(row)
-        table.append({"name": name, "near_data": near_data(path, real, levels, estimates), "levels": rows})
+    means, parts = {}, []
+
+    def watch(x, t):                # Heun's rule calls twice at a level, and keeps the second state
+        if float(t) in levels:
+            means[float(t)] = estimator(x).mean().double().cpu().numpy()
+
+    mine = np.array_split(np.arange(num), train.WORLD)[train.RANK]
+    with sampler.bar(len(mine)) as bar:
+        for first in range(0, len(mine), batch):
+            images, labels = sampler(mine[first:first + batch], bar, watch=watch)
+            states = np.stack([means[t] for t in levels], 1)
+            parts.append((states, images.cpu().numpy(), labels.numpy()))
+    if train.WORLD > 1:
+        gathered = [None] * train.WORLD
+        torch.distributed.all_gather_object(gathered, parts)
+        parts = sum(gathered, [])
+    return [np.concatenate(arrays) for arrays in zip(*parts)]
+
+
+def shift(states, real):
+    """δ = E[t̂(x̂_t)] − E[t̂(x_t)] and its standard error; t̂ of states (N, …), of data (M, …)."""
+    error = np.sqrt(states.var(0) / len(states) + real.var(0) / len(real))
+    return states.mean(0) - real.mean(0), error
+
+
+def shift_table(path, levels, seen, real, states, first=None):
+    """A table of columns (L,): the shift at each level, with normal 95 % intervals.
+
+    seen (L,) and real (M, L) are from `calibrate`; states (N, L) and those of the first setting,
+    first (N, L), from `observe`. As all settings have the same seeds, what one has less than the
+    first is measured sample by sample: it is known much better than the shift.
+    """
+    def interval(mean, error):
+        return np.stack([mean - 1.96 * error, mean + 1.96 * error], 1).tolist()
+
+    delta, error = shift(states, real)
+    t, positive = torch.tensor(levels, dtype=torch.float64), torch.from_numpy(delta).clamp(min=0)
+    table = {"t": levels, "SNR": (path.alpha(t) / path.sigma(t)).square().numpy(), "shift": delta,
+             "interval": interval(delta, error),
+             "sigma_e": diffusion.extra_noise(path, t, positive).numpy(), "seen": seen}
+    if first is not None:
+        less = first - states
+        table["less_than_first"] = less.mean(0)
+        table["less_interval"] = interval(less.mean(0), less.std(0) / np.sqrt(len(less)))
     return table
 
 
+def print_table(table):
+    """Print a dict {heading: column of numbers or of pairs [low, high]}."""
+    def text(value):
+        return " to ".join(map(text, value)) if isinstance(value, list) else f"{value:.4f}"[:8]
+
+    columns = [[name, *map(text, values)] for name, values in table.items()]
+    columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+    print("\n".join("  " + "  ".join(row) for row in zip(*columns)))
+
+
+def open_judge(args, s, device):
+    """The estimator that judges, whose file becomes args.judge, and held-out real images."""
+    source, latent = None, s["image_size"] != s["input_size"]
+    if latent:
+        if not (args.latents or s.get("latents")):
+            train.stop("this model draws latents; give those of real data with --latents")
+        source = train.Latents(args.latents or s["latents"])
+        if s["data"] in ("imagenet", "unknown"):    # a published model does not name its folder
+            s["data"] = source.note["data"]
+    name = Path(s["data"]).name + "-latents" * latent
+    args.judge = args.judge or FILE.format(name, s["interpolant"])
+    if args.estimator and train.leads_to(args.estimator) == train.leads_to(args.judge):
+        train.stop(f"{args.judge} cannot judge what it guides; train another one for --estimator")
+    judge, own = sample.open_estimator(args.judge, s, judge=True)
+    source = source or train.open_data(s["data"], s["image_size"], own["seed"])
+    _, held_out = split(source, own["seed"])
+    return judge.to(device), load_images(held_out, 4 * args.num, s["input_size"], own["seed"])
+
+
 def measure(args):
-    device = join_ranks()
-    ckpt, model, s = open_checkpoint(args.ckpt, args.model)
-    latent = s["image_size"] != s["input_size"]
-    latents = args.latents or s.get("latents") if latent else None
-    if latent and not latents:
-        stop(f"{ckpt} is a model in latents; give those of real data with --latents")
-    if latent and s["data"] in ("imagenet", "unknown"):           # a published model, which does not say where its data are
-        s["data"] = open_source(latents, None, None, None).note["data"]
-    file = Path(args.estimator) if args.estimator else default_file(s["data"], s["interpolant"], latent)
-    estimator, own = open_estimator(file, ckpt, s, judge=True)
-    source = open_source(latents, s["data"], s["image_size"], own["seed"])
-    images = held_out(source, s["input_size"], own["seed"], 4 * args.num) if RANK == 0 else None
-    classifier = open_estimator(args.guide_estimator, ckpt, s)[0].to(device) if args.guide_estimator else None
-    guide = open_guide(args, s)
-    guide = guide and guide.to(device)
-    estimator.to(device), model.to(device)
-    args.precision = args.precision or agree(fast_precision(device))
-    args.compile = compiles(device) if args.compile is None else args.compile
-    settings = combinations(args, ckpt, s)
-    vae = open_vae(args, s) if args.keep_images else None
-    vae = vae and vae.to(device)
-    samplers = [Sampler(model, s, setting, list(range(s["num_classes"])), device, classifier, guide, vae) for setting in settings]
-    out = Path(args.out) if args.out else run_folder(ckpt) / "shift"
-    if out.exists() and not out.is_dir():
-        stop(f"--out {out} is a file; give the name of a folder")
+    begun, device = time.perf_counter(), train.join_ranks()
+    ckpt, model, s = sample.open_checkpoint(args.ckpt, args.model)
+    judge, real_images = open_judge(args, s, device)
+    args.precision = args.precision or train.broadcast(train.fast_precision(device))
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    sample.settle(args, ckpt, s)
+    guides = sample.open_guides(args, s, device)
+    if not args.keep_images:
+        guides["vae"] = None                        # the states are enough
+    out = Path(args.out) if args.out else train.run_folder(ckpt) / "shift"
+    train.must_be_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
 
-    begun, path, results, real = time.perf_counter(), samplers[0].path, [], {}
-    same = len({(setting.sampler, setting.steps) for setting in settings}) == 1
-    for setting, sampler in zip(settings, samplers):
-        walk = f"{setting.sampler}, {setting.steps} steps"
-        name = guidance_name(setting) or "no guidance"
-        if RANK == 0:
-            print(f"{ckpt}: {args.num} images in {walk}, {name}, {args.precision}", flush=True)
-        levels = nearest(visited(sampler), args.levels)
-        if not levels:
-            stop(f"{walk} visit no level between 0 and 1; give more --steps")
-        estimates, drawn, labels = observe(estimator, sampler, args.num, args.batch, levels)
-        if not np.isfinite(estimates).all():
-            stop(f"the states of {name}, {walk}, are not finite; lower its weights")
-        results.append((name if same else f"{name}, {walk}", levels, estimates))
-        if RANK == 0:
-            real |= {reading.t: reading for reading in calibration(estimator, path, images, [t for t in levels if t not in real], device)}
-        if args.keep_images and RANK == 0:
-            with replacing(out / f"{name}, {walk}.npz".replace(", ", "-").replace(" ", "-")) as target:
-                np.savez(target, arr_0=drawn.transpose(0, 2, 3, 1), arr_1=labels, shift=near_data(path, real, levels, estimates))
-    if RANK:
+    sampler = sample.Sampler(model.to(device), s, args, range(s["num_classes"]), device, **guides)
+    levels, path = measured_levels(sampler), sampler.path
+    title = f"{ckpt}, {args.num} images, {args.sampler}, {args.steps} steps"
+    weights, observed = list(dict.fromkeys(args.w_nag)), []
+    for w_nag in weights:
+        args.w_nag = w_nag                          # the sampler takes it from there
+        name = sample.guidance_name(args) or "no guidance"
+        print(f"{title}, {args.precision}: {name}", flush=True)
+        states, images, labels = observe(judge, sampler, args.num, args.batch, levels)
+        observed.append(({"name": name, **vars(args)}, states))
+        if args.keep_images and train.RANK == 0:
+            words = f"{name} {args.sampler} {args.steps} steps".replace(",", "").split()
+            with train.replacing(out / f"{'-'.join(words)}.npz") as file:
+                np.savez(file, arr_0=images.transpose(0, 2, 3, 1), arr_1=labels)
+    if train.RANK:
         return
-
-    table = shifts(path, {t: real[t] for t in sorted(real)}, results)
-
-    title = f"{ckpt}, {args.num} images" + (f", {walk}" if same else "")
-    print(f"\n{title}, read by {file}, against {len(images)} held-out real images")
-    for setting in table:
-        print(f"\n{setting['name']}\n    t      SNR     shift     95 % interval       sigma_e   seen" +
-              ("    less than the first by" if "less_than_first" in setting["levels"][0] else ""))
-        for row in setting["levels"]:
-            snr = (path.alpha(row["t"]) / path.sigma(row["t"])).item()**2
-            line = (f"  {row['t']:.3f} {snr:8.3g}   {row['shift']:+.4f}   {row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}   "
-                    f"{'   –   ' if row['sigma_e'] is None else format(row['sigma_e'], '7.4f')}   {in_percent(real[row['t']].seen)}")
-            if "less_than_first" in row:
-                line += f"    {row['less_than_first']:+.4f} ({row['less_interval'][0]:+.4f} to {row['less_interval'][1]:+.4f})"
-            print(line)
-    print("\nmean over the levels where SNR > 1:" + "".join(f"\n  {setting['near_data']:+.5f}  {setting['name']}" for setting in table))
-    print(f"\nshift: E[t̂] of the samples' states minus that of real data at the same t; sigma_e: the extra noise that makes it;\n"
-          f"seen: how much of a known shift of {PROBE:g} the estimator shows there. Far from 100 %, the shift stands for more than it says.")
-
-    with replacing(out / "shift.json") as target:
-        everything = {
-            "checkpoint": str(ckpt), "estimator": str(file), "guide_estimator": args.guide_estimator, "num": args.num, "real": len(images),
-            "precision": args.precision, "seed": args.seed, "minutes": round((time.perf_counter() - begun) / 60, 2),
-            "real_data": [{"t": r.t, "bias": r.bias, "spread": float(r.estimates.std()), "seen": r.seen} for r in real.values()],
-            "settings": [{**row, "near_data": row["near_data"] if math.isfinite(row["near_data"]) else None, **{key: getattr(setting, key) for key in
-                                    ("sampler", "steps", "w_nag", "nag_interval", "cfg_scale", "cfg_interval", "cfg_channels", "w_nag_classifier",
-                                     "guide", "guide_scale", "guide_interval")}}
-                         for row, setting in zip(table, settings)]}
-        target.write(json.dumps(everything, indent=1).encode())
-    with replacing(out / "shift.png") as target:
-        figure(path, title, real, table, results).save(target, "png")
-    print(f"{out}/shift.json, {out}/shift.png; {time.perf_counter() - begun:.0f} s")
+    real, calibration = calibrate(judge, path, real_images, levels, device)
+    print(f"\n{title}, judged by {args.judge}, against {len(real)} held-out real images")
+    curves = []
+    for setting, states in observed:
+        first = observed[0][1] if curves else None
+        table = shift_table(path, levels, calibration["seen"], real, states, first)
+        near = table["SNR"] > 1
+        mean, error = shift(states[:, near].mean(1), real[:, near].mean(1))
+        setting |= {"mean_shift": mean, "mean_shift_error": error, "levels": table}
+        print(f"\n{setting['name']}: mean {mean:.5f} where SNR > 1, standard error {error:.5f}")
+        print_table(table)
+        curves.append((setting["name"], levels, table["shift"], *zip(*table["interval"])))
+    report = {"checkpoint": ckpt, **vars(args), "w_nag": weights, "real": len(real),
+              "minutes": round((time.perf_counter() - begun) / 60, 2),
+              "real_data": calibration, "settings": [setting for setting, _ in observed]}
+    with train.replacing(out / "shift.json") as file:
+        file.write(json.dumps(report, indent=1, default=np.ndarray.tolist).encode())
+    equal = min(np.linspace(0, 1, 1001), key=lambda t: abs(path.alpha(t) - path.sigma(t)))
+    chart = line_chart(curves, "nominal level t", "noise shift", title, (equal, "SNR = 1"))
+    train.save_png(chart, out / "shift.png")
+    print(f"\n{out}/shift.json, {out}/shift.png; {time.perf_counter() - begun:.0f} s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The figure, drawn three times too large and shrunk, which smooths it
+COLOURS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7"]   # of Okabe and Ito
+CORNERS = [30, 4, 3, 6]                                             # of the markers
 
 
-STYLES = [((0, 0, 0), ()), ((0, 114, 178), (14, 6)), ((213, 94, 0), (4, 5)), ((0, 158, 115), (14, 5, 4, 5)), ((204, 121, 167), (24, 6)),
-          ((130, 130, 130), (2, 3))]                              # colours for the colour-blind, dashes for greyscale
-FINE = 3
+def line_chart(curves, x_label, y_label, title="", x_mark=None):
+    """A picture of curves (name, xs, ys, lows, highs), with a band from lows to highs unless None.
 
+    x_mark = (x, text) is a dashed line. Drawn three times as large, and reduced: smooth lines.
+    """
+    left, top, right, bottom = 260, 200, 2360, 1400                 # the frame
+    page = Image.new("RGB", (right + 90, bottom + 160 + 75 * len(curves)), "white")
+    pen, font = ImageDraw.Draw(page, "RGBA"), ImageFont.load_default(45)
+    points = np.array([(x, y) for _, xs, *sides in curves for ys in sides if ys is not None
+                       for x, y in zip(xs, ys)])
+    margin = np.where(np.ptp(points, 0) > 0, 0.06 * np.ptp(points, 0), 1)
+    low, high = points.min(0) - margin, points.max(0) + margin
+    low = np.where((low > 0) & (low < high / 3), 0, low)            # zero is shown where it is near
 
-def ticks(low, high, most):
-    """Round numbers between low and high, at most so many, and their labels."""
-    raw = (high - low) / most
-    power = 10**math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    places = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [(k * step, f"{k * step:.{places}f}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    def at(xs, ys):
+        u, v = ((np.array([xs, ys]).T - low) / (high - low)).T
+        return list(zip(left + (right - left) * u, bottom - (bottom - top) * v))
 
+    for k, anchor in enumerate(("ma", "rm")):           # about six round numbers at each axis
+        steps = [m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5)]
+        step = min(steps, key=lambda step: abs((high - low)[k] / step - 6))
+        for value in step * np.arange(math.ceil(low[k] / step), math.floor(high[k] / step) + 1):
+            ends = np.array([low, high])
+            ends[:, k] = value
+            pen.line(at(*ends.T), "lightgray", 3)
+            pen.text(at(*ends.T)[0], f"{value:.6g}" + "  " * k, "black", font, anchor)
+    pen.text((60, 40), title, "black", font)
+    pen.text((60, top - 15), y_label, "black", font, "ld")
+    pen.text((right, bottom + 60), x_label, "black", font, "ra")
+    if x_mark:
+        u, _ = at([x_mark[0]], [0])[0]
+        pen.text((u, top - 15), x_mark[1], "black", font, "md")
+        for v in range(top, bottom, 40):
+            pen.line((u, v, u, v + 20), "black", 4)
 
-class Panel:
-    """A frame with two axes, in which curves are drawn in the units of the data."""
-
-    def __init__(self, width, height, x_range, y_range):
-        self.size, self.x_range, self.y_range = (width * FINE, height * FINE), x_range, y_range
-        self.image = Image.new("RGB", self.size, "white")
-
-    def at(self, x, y):
-        (x0, x1), (y0, y1), (w, h) = self.x_range, self.y_range, self.size
-        return (float(x) - x0) / (x1 - x0) * w, h - (float(y) - y0) / (y1 - y0) * h
-
-    def band(self, xs, lows, highs, colour):
-        mask = Image.new("L", self.size, 0)
-        ImageDraw.Draw(mask).polygon([self.at(x, y) for x, y in zip(xs, lows)] + [self.at(x, y) for x, y in zip(xs[::-1], highs[::-1])], fill=45)
-        self.image.paste(colour, mask=mask)
-
-    def curve(self, xs, ys, colour, dashes=(), width=2.2):
-        pen, points = ImageDraw.Draw(self.image), [self.at(x, y) for x, y in zip(xs, ys)]
-        lengths, part, on = [d * FINE for d in dashes] or [math.inf], 0, True
-        left = lengths[0]
-        for (xa, ya), (xb, yb) in zip(points, points[1:]):
-            length, done = math.hypot(xb - xa, yb - ya), 0.0
-            while done < length:
-                go = min(left, length - done)
-                if on:
-                    ends = [(xa + (xb - xa) * f / length, ya + (yb - ya) * f / length) for f in (done, done + go)]
-                    pen.line(ends, colour, round(width * FINE))
-                done, left = done + go, left - go
-                if left <= 0:
-                    part, on = (part + 1) % len(lengths), not on
-                    left = lengths[part]
-
-    def dots(self, xs, ys, colour, filled):
-        pen, r = ImageDraw.Draw(self.image), 3.5 * FINE
-        for x, y, full in zip(xs, ys, filled):
-            u, v = self.at(x, y)
-            pen.ellipse((u - r, v - r, u + r, v + r), fill=colour if full else "white", outline=colour, width=round(1.5 * FINE))
-
-    def put(self, page, left, top, xlabel, ylabel, numbers=True):
-        """Onto the page, with frame, ticks and labels; left and top of the frame in final pixels."""
-        w, h = self.size
-        x0, y0 = left * FINE, top * FINE
-        page.paste(self.image, (x0, y0))
-        pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(15 * FINE), ImageFont.load_default(13 * FINE)
-        pen.rectangle((x0, y0, x0 + w, y0 + h), outline="black", width=FINE)
-        for value, label in ticks(*self.x_range, w // (FINE * 75)):
-            u = x0 + self.at(value, 0)[0]
-            pen.line((u, y0 + h, u, y0 + h - 5 * FINE), "black", FINE)
-            pen.text((u, y0 + h + 5 * FINE), label, "black", small, anchor="ma")
-        if numbers:
-            for value, label in ticks(*self.y_range, h // (FINE * 45)):
-                v = y0 + self.at(0, value)[1]
-                pen.line((x0, v, x0 + 5 * FINE, v), "black", FINE)
-                pen.text((x0 - 6 * FINE, v), label, "black", small, anchor="rm")
-        pen.text((x0 + w / 2, y0 + h + 24 * FINE), xlabel, "black", font, anchor="ma")
-        turned = Image.new("L", (h, 24 * FINE), 0)
-        ImageDraw.Draw(turned).text((h / 2, 12 * FINE), ylabel, 255, font, anchor="mm")
-        turned = turned.rotate(90, expand=True)
-        page.paste("black", (x0 - (82 if numbers else 32) * FINE, y0), turned)
-
-
-def legend(page, top, entries):
-    """Name, colour and dashes of each curve, in rows from `top` on, in final pixels."""
-    pen, font, left = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), 90
-    x = left
-    for name, colour, dashes in entries:
-        key, width = Panel(38, 12, (0, 1), (0, 1)), 66 + round(font.getlength(name) / FINE)
-        key.curve((0, 1), (0.5, 0.5), colour, dashes)
-        x, top = (x, top) if (x + width) * FINE < page.width else (left, top + 19)
-        page.paste(key.image, (x * FINE, top * FINE))
-        pen.text(((x + 46) * FINE, (top + 6) * FINE), name, "black", font, anchor="lm")
-        x += width
-
-
-def figure(path, title, real, table, results):
-    """The shift against t with its 95 % band for each setting, and densities of t̂ at three levels."""
-    from scipy.stats import gaussian_kde                          # takes a second, which only this figure needs
-
-    page = Image.new("RGB", (1200 * FINE, 640 * FINE), "white")
-    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(14 * FINE), ImageFont.load_default(13 * FINE)
-    styled = lambda rows: zip(rows, itertools.cycle(STYLES))
-    pen.text((90 * FINE, 14 * FINE), title, "black", font)
-
-    trusted = lambda t: real[t].seen is not None and real[t].seen > 0.9
-    rows = [row for setting in table for row in setting["levels"]]
-    shown = [row for row in rows if trusted(row["t"])] or rows
-    low, high = min(0, *(row["interval"][0] for row in shown)), max(1e-6, *(row["interval"][1] for row in shown))
-    differing = [(setting, style) for setting, style in styled(table) if "less_than_first" in setting["levels"][0]]
-    panel = Panel(590, 335 if differing else 500, (0, 1), (low - 0.08 * (high - low), high + 0.08 * (high - low)))
-    panel.curve((0, 1), (0, 0), (150, 150, 150), width=1)
-    equal = min((i / 1000 for i in range(1, 1001)), key=lambda t: abs((path.alpha(t) - path.sigma(t)).item()))
-    panel.curve((equal, equal), panel.y_range, (150, 150, 150), (3, 4), width=1)
-    ImageDraw.Draw(panel.image).text((panel.at(equal, 0)[0] - 6 * FINE, 8 * FINE), "SNR > 1", (110, 110, 110), small, anchor="ra")
-    for setting, (colour, dashes) in styled(table):
-        ts, ys = zip(*((row["t"], row["shift"]) for row in setting["levels"]))
-        panel.band(ts, *zip(*(row["interval"] for row in setting["levels"])), colour)
-        panel.curve(ts, ys, colour, dashes)
-        panel.dots(ts, ys, colour, [trusted(t) for t in ts])
-    panel.put(page, 90, 50, "" if differing else "nominal level t", "noise shift")
-
-    if differing:                                                 # the same images, guided and not: the difference is sharper
-        rows = [row for setting, _ in differing for row in setting["levels"] if trusted(row["t"])] or differing[0][0]["levels"]
-        low, high = min(0, *(row["less_interval"][0] for row in rows)), max(1e-6, *(row["less_interval"][1] for row in rows))
-        panel = Panel(590, 130, (0, 1), (low - 0.1 * (high - low), high + 0.1 * (high - low)))
-        panel.curve((0, 1), (0, 0), (150, 150, 150), width=1)
-        panel.curve((equal, equal), panel.y_range, (150, 150, 150), (3, 4), width=1)
-        for setting, (colour, dashes) in differing:
-            ts, ys = zip(*((row["t"], row["less_than_first"]) for row in setting["levels"]))
-            panel.band(ts, *zip(*(row["less_interval"] for row in setting["levels"])), colour)
-            panel.curve(ts, ys, colour, dashes)
-        panel.put(page, 90, 420, "nominal level t", "removed of it")
-
-    first = results[0][1]
-    three = [min(first, key=lambda t: abs(t - aim)) for aim in (0.2, 0.4, 0.6)]
-    for k, t in enumerate(three):
-        groups = [("real data", real[t].estimates, (150, 150, 150), ())]
-        groups += [(name, estimates[:, levels.index(t)], *style) for (name, levels, estimates), style in styled(results) if t in levels]
-        ends = np.concatenate([values for _, values, *_ in groups])
-        span = (max(0, np.percentile(ends, 0.2)), min(1, np.percentile(ends, 99.8)))
-        span = (min(span[0], t) - 0.1 * (span[1] - span[0] + 1e-3), max(span[1], t) + 0.1 * (span[1] - span[0] + 1e-3))
-        grid = np.linspace(*span, 300)
-        heights = [gaussian_kde(values)(grid) if values.std() > 1e-9 else np.zeros(300) for _, values, *_ in groups]
-        panel = Panel(390, 125, span, (0, 1.12 * max(1e-9, *(height.max() for height in heights))))
-        panel.curve((t, t), panel.y_range, (150, 150, 150), (3, 4), width=1)
-        panel.band(grid, np.zeros(300), heights[0], (60, 60, 60))
-        for height, (_, _, colour, dashes) in zip(heights, groups):
-            panel.curve(grid, height, colour, dashes, width=1.8)
-        ImageDraw.Draw(panel.image).text((panel.size[0] - 8 * FINE, 6 * FINE), f"t = {t:.3f}", "black", small, anchor="ra")
-        panel.put(page, 760, 50 + 187 * k, "estimated level" if k == 2 else "", "density", numbers=False)
-
-    legend(page, 606, [(setting["name"], *style) for setting, style in styled(table)] + [("real data", (150, 150, 150), ())])
-    if not all(map(trusted, real)):
-        pen.text((1180 * FINE, 14 * FINE), "open dots: the estimator sees less than 90 % of a shift", "black", font, anchor="ra")
-    return page.resize((page.width // FINE, page.height // FINE), Image.LANCZOS)
+    for k, (name, xs, ys, lows, highs) in enumerate(curves):
+        colour, corners = COLOURS[k % len(COLOURS)], CORNERS[k % len(CORNERS)]
+        if lows is not None:
+            pen.polygon(at(xs, lows) + at(xs, highs)[::-1], f"{colour}2d")
+        below = bottom + 160 + 75 * k
+        for line in at(xs, ys), [(left, below), (left + 120, below)]:
+            pen.line(line, colour, 7, "curve")
+            for u, v in line:
+                pen.regular_polygon((u, v, 18), corners, fill=colour)
+        pen.text((left + 160, below), name, "black", font, "lm")
+    pen.rectangle((left, top, right, bottom), outline="black", width=4)
+    return page.reduce(3)
 
 
 def main():
-    args = arguments()
-    {"train": train, "measure": measure}[args.command](args)
+    parser, number, place = train.Arguments(__doc__), train.number, train.place
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | measure")
+    add = commands.add_parser("train", story="Train a noise estimator on real data.").add_argument
+    add("--data", type=place, help="folder of images, or shapes (default), or shapes:star,cross")
+    add("--image-size", type=number(int, 4), help="default: 16 for shapes, else 32")
+    add("--latents", type=place, help="those that train.py made in this folder, instead of --data")
+    add("--interpolant", choices=train.PATHS, default="linear", help="default: linear")
+    add("--steps", type=number(int, 1), default=3000, help="default: 3000")
+    add("--batch", type=number(int, 1), default=128, help="images per step (default: 128)")
+    add("--lr", type=number(float, 0), default=1e-3, help="of AdamW, at most (default: 1e-3)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="default: 0")
+    add("--out", type=place, help="default: runs/estimator-<data>[-latents]-<interpolant>.pt")
+    add = commands.add_parser("measure", story="Measure a checkpoint's noise shift.").add_argument
+    sample.sampling_arguments(add, several_weights=True)
+    add("--judge", type=place, help="the estimator to judge by (default: as --out of train)")
+    add("--latents", type=place, help="real data of a model in latents (default: what it knows)")
+    add("--num", "--num-samples", type=number(int, 2), default=1024, help="default: 1024 images")
+    add("--batch", type=number(int, 1), default=256, help="images at a time (default: 256)")
+    add("--keep-images", action="store_true", help="write an .npz for each weight, for fid.py")
+    add("--out", type=place, help="folder for shift.json, shift.png, .npz (default: <run>/shift)")
+    args = parser.parse_args()
+    {"train": train_estimator, "measure": measure}[args.command](args)
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    train.one_line_errors(main)

@@ -1,34 +1,32 @@
 """Train a DiT or SiT with noise dropout, so that its samples can be guided by the noise level.
 
-    python train.py                                             # drawn shapes, a small SiT, minutes on two CPU cores
-    python train.py --data photos --image-size 64               # a folder of images, its sub-folders being the classes
+    python train.py                                    # drawn shapes, minutes on two CPU cores
+    python train.py --data photos --image-size 64      # a folder; sub-folders are the classes
     torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --noise-drop 0.1
-    torchrun --nproc-per-node 8 train.py --data imagenet --image-size 256 --init DiT-XL/2 --epochs 10     # published weights
+    torchrun --nproc-per-node 8 train.py --data imagenet --image-size 256 --init DiT-XL/2
 
-Images of 256×256 and more are encoded once, by the VAE of Stable Diffusion, and training reads their latents.
+Folders are trained in latents from 256×256 on: the VAE of Stable Diffusion encodes them, once.
 
-Everything random about step s is a function of (seed, s), for the whole batch: which images, their flips, levels and noise,
-and both dropouts. A rank takes its slice of it. So a run that was stopped repeats, bit for bit, what it would have done,
-and any number of ranks follows the same curve. Stop it at any time; the same command goes on.
+Everything random about step s is a function of (seed, s), for the whole batch; a rank takes its
+slice. So a run that was stopped repeats, bit for bit, what it would have done, and any number of
+ranks follows the same curve. Stop it at any time; the same command goes on.
 
-Writes OUT/checkpoints/0001000.pt, OUT/samples/0001000.png (EMA samples, always from the same noise) and OUT/log.jsonl.
+Writes OUT/checkpoints/0001000.pt, OUT/samples/0001000.png (samples of the averaged weights, always
+from the same noise) and OUT/log.jsonl.
 """
 import argparse
 import contextlib
 import copy
-import ctypes
 import datetime
 import fcntl
 import functools
 import hashlib
-import importlib.util
+import itertools
 import json
 import math
-import mmap
 import os
-import re
 import resource
-import shutil
+import shlex
 import signal
 import sys
 import time
@@ -36,197 +34,202 @@ import zipfile
 import zlib
 from pathlib import Path
 
+# Waiting threads of OpenMP spin: beside two other programs a step took 40 times as long, spinning
+# this little 3 times; it is read when torch is loaded. And glibc hands large freed blocks back, to
+# be faulted in again at every step, 8 % of a small model's time, unless a process starts with these.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**26))
+    os.execv(sys.executable, sys.orig_argv)
+
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn                                       # early: imported later, by DDP, its default arguments would keep the group alive
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.distributed.nn       # before a group exists: its default arguments would keep it alive
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import diffusion
 import models
 
-WORKERS = min(4, os.cpu_count())                                  # processes that prepare batches, where nothing else is said
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+WORKERS = min(4, os.cpu_count())                    # processes that prepare batches, by default
+FAMILIES = {"DiT": "vp", "SiT": "linear"}           # the interpolant that each was published with
+PATHS = {"linear": diffusion.Linear, "vp": diffusion.VP}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The user's errors: one line, exit status 2
-
-
-def stop(message, everywhere=False):
-    """End with one line on standard error and exit status 2; of several ranks, the first speaks (or `everywhere`)."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()                                               # the line stands alone
-    if RANK == 0 or everywhere:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class Arguments(argparse.ArgumentParser):
-    def __init__(self, story, **options):
-        super().__init__(description=story.split("\n\n")[0], allow_abbrev=False, **options)
-
-    def error(self, message):
-        stop(f"{message}; see --help")
-
-
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: a finite int or float with low <= value <= high."""
-    def parse(text):
-        try:
-            value = kind(text)
-            valid = low <= value <= high and abs(value) < math.inf
-        except ValueError:
-            valid = False
-        if not valid:
-            name = {int: "a whole number", float: "a number"}[kind]
-            bounds = f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}" if low > -math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}{bounds}")
-        return value
-    return parse
-
-
-def one_line_errors(main):
-    """Run `main`, ending with one line for what the file system refuses (no space, no permission, a folder gone)."""
-    sys.stdout.reconfigure(errors="backslashreplace")             # file names need not be text
-    try:
-        main()
-    except torch.OutOfMemoryError:
-        stop("the GPU has not enough free memory; lower --micro-batch (train.py) or --batch (sample.py)", everywhere=True)
-    except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error) or isinstance(error, ConnectionResetError):      # torch finds it in two ways
-            sys.unraisablehook = lambda unraisable: None          # its loader would complain once more while it is taken down
-            stop("a process that prepares batches was killed, as happens when memory is short; the same command goes on, with fewer --workers if "
-                 "that helps", everywhere=True)
-        if not isinstance(error, OSError):
-            raise
-        stop(f"{error.filename or 'file system'}: {error.strerror or error}", everywhere=True)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized() and (sys.exc_info()[0] is None or not torch.cuda.is_available()):
-            dist.destroy_process_group()                          # after an error NCCL could wait for the others for ever
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: shapes that the code draws, or a folder of images. Both give uint8 images (n, 3, size, size) and labels (n,).
+# --------------------------------------------------------------------------------------------------
+# Data: drawn shapes, a folder of images, or a folder of latents. Each gives images (n, C, H, W),
+# uint8 pixels or float32 latents, and labels (n,), for the indices that it is asked for.
 
 
 def generator(*key):
-    """The random numbers that belong to a key, such as (seed, "batch", step); names are hashed to integers."""
-    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key])
+    """The random numbers that belong to a key such as (seed, "batch", step)."""
+    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part
+                                  for part in key])
+
+
+def digest(names):
+    """Sixteen hexadecimal digits that stand for a list of names."""
+    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def star(x, y):
+    """Fold the plane onto half a spike, bounded by the line from its tip to the next notch."""
+    fold = np.arctan2(x, -y) % (2 * np.pi / 5)
+    fold = np.minimum(fold, 2 * np.pi / 5 - fold)
+    tip, notch = 1.1, 0.48
+    normal = np.array([notch * np.sin(np.pi / 5), tip - notch * np.cos(np.pi / 5)])
+    normal /= np.hypot(*normal)
+    r = np.hypot(x, y)
+    return normal[0] * (r * np.cos(fold) - tip) + normal[1] * r * np.sin(fold)
+
+
+OUTLINES = {    # signed distance of points (x, y) to a shape of radius 1 at 0, negative inside
+    "bar": lambda x, y: np.maximum(abs(x) - 1, abs(y) - 0.36),
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "cross": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 1,
+                                     np.minimum(abs(x), abs(y)) - 0.36),
+    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.78 - np.hypot(x - 0.5, y)),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.74) - 0.24,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.8,
+    "star": star,
+    "triangle": lambda x, y: np.maximum(abs(x) * 3**0.5 / 2 - y / 2, y) - 0.54,
+}
 
 
 class Shapes:
-    """Endless images of one shape each, drawn from (seed, index): class, colour, place, size and rotation are random.
+    """Endless images of one shape each: class, colour, place, size and rotation are random.
 
-    The outline is where a signed distance is zero (negative inside); the distance, in pixels, also antialiases it.
+    The outline is where the signed distance is zero; the distance, in pixels, also antialiases it.
     """
 
-    endless, latent = True, False
-    classes = ["bar", "circle", "cross", "moon", "ring", "square", "star", "triangle"]
-    held_out = 2**40                                              # from this index on, for what training should not have seen
+    endless, latent, fingerprint = True, False, None
+    held_out = 2**40                                # images from this index on are never trained on
 
     def __init__(self, image_size, seed=0, name="shapes"):
-        """`name` is "shapes", or "shapes:star,cross" for some of the classes. Raises ValueError for one that cannot be drawn."""
+        """`name` is "shapes", or "shapes:star,cross" for some; ValueError for an unknown shape."""
         self.image_size, self.seed = image_size, seed
-        if name != "shapes":
-            self.classes = sorted(set(name.removeprefix("shapes:").split(",")))
-            if unknown := set(self.classes) - set(Shapes.classes):
-                raise ValueError(f"no shape {sorted(unknown)[0]!r}; {name} may name {', '.join(Shapes.classes)}")
+        chosen = OUTLINES if name == "shapes" else name.removeprefix("shapes:").split(",")
+        self.classes = sorted(set(chosen))
+        for unknown in set(chosen) - OUTLINES.keys():
+            raise ValueError(f"no shape {unknown!r}; give some of {', '.join(OUTLINES)}")
 
-    @staticmethod
-    def distance(name, x, y):
-        """Signed distance of the points (x, y) to the outline of a shape at the origin, with a radius of about 1."""
-        r, wide, narrow = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-        if name == "bar":
-            return np.maximum(abs(x) - 1, abs(y) - 0.36)
-        if name == "circle":
-            return r - 0.9
-        if name == "cross":
-            return np.maximum(wide - 1, narrow - 0.36)
-        if name == "moon":
-            return np.maximum(r - 1, 0.78 - np.hypot(x - 0.5, y))
-        if name == "ring":
-            return abs(r - 0.74) - 0.24
-        if name == "square":
-            return wide - 0.8
-        if name == "triangle":
-            return np.maximum(abs(x) * 3**0.5 / 2 - y / 2, y) - 0.54
-        # star: fold the plane onto half of one spike, which is bounded by the line from its tip to the next notch
-        fold = np.arctan2(x, -y) % (2 * np.pi / 5)
-        fold = np.minimum(fold, 2 * np.pi / 5 - fold)
-        tip, notch = 1.1, 0.48
-        normal = np.array([notch * np.sin(np.pi / 5), tip - notch * np.cos(np.pi / 5)])
-        normal /= np.hypot(*normal)
-        return normal[0] * (r * np.cos(fold) - tip) + normal[1] * r * np.sin(fold)
-
-    def images(self, indices, flip=None):                         # no flips: all that they could show is drawn anyway
-        u = np.stack([generator(self.seed, "shapes", int(i)).random(6) for i in indices]).T[:, :, None, None]
+    def images(self, indices, flip=None):           # without flips: rotations are drawn
+        u = np.stack([generator(self.seed, "shapes", int(i)).random(6) for i in indices])
+        u = u.T[:, :, None, None]                                                # (6, n, 1, 1)
         label = (u[0] * len(self.classes)).astype(np.int64).ravel()
-        radius, angle, hue = 0.6 + 0.25 * u[1], np.pi / 9 * (2 * u[4] - 1), 6 * u[5]     # up to 20° to either side
+        radius, angle, hue = 0.6 + 0.25 * u[1], np.pi / 9 * (2 * u[4] - 1), 6 * u[5]
 
-        at = (np.arange(self.image_size) + 0.5) * 2 / self.image_size - 1                # the image spans [−1, 1]²
-        x, y = (at - (2 * v - 1) * (0.95 - radius) for v in u[2:4])
-        x, y = x * np.ones_like(y).swapaxes(1, 2), y.swapaxes(1, 2) * np.ones_like(x)
-        x, y = (np.cos(angle) * x + np.sin(angle) * y) / radius, (np.cos(angle) * y - np.sin(angle) * x) / radius
+        at = (np.arange(self.image_size) + 0.5) * 2 / self.image_size - 1        # spans [−1, 1]
+        x, y = (at - (2 * v - 1) * (0.95 - radius) for v in u[2:4])              # (n, 1, size)
+        x, y = np.broadcast_arrays(x, y.swapaxes(1, 2))                          # (n, size, size)
+        x, y = ((np.cos(angle) * x + np.sin(angle) * y) / radius,
+                (np.cos(angle) * y - np.sin(angle) * x) / radius)
         distance = np.empty_like(x)
         for k, name in enumerate(self.classes):
-            distance[label == k] = self.distance(name, x[label == k], y[label == k])
+            distance[label == k] = OUTLINES[name](x[label == k], y[label == k])
         cover = np.clip(0.5 - distance * radius * self.image_size / 2, 0, 1)
 
-        k = (hue[:, None] + np.array([5, 3, 1])[:, None, None]) % 6        # HSV to RGB, (n, 3, 1, 1)
-        colour, grey = 1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1), 0.12
+        k = (hue[:, None] + np.array([5, 3, 1])[:, None, None]) % 6              # HSV to RGB
+        colour, grey = 1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1), 0.12      # (n, 3, 1, 1)
         images = grey + cover[:, None] * (colour - grey)
         return (255 * images + 0.5).astype(np.uint8), label
 
 
-class ImageFolder:
-    """The images below a folder; its sorted sub-folders are the classes (without sub-folders, there is one class)."""
+class ImageFolder(torch.utils.data.Dataset):
+    """The images below a folder; its sorted sub-folders are the classes (without any, it is one).
+
+    Names that begin with a dot or __ are no data, nor are folders that we write ourselves.
+    Raises ValueError where it is not clear what belongs to which class.
+    """
 
     endless, latent = False, False
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+    ours = {"runs", "checkpoints", "samples", "pretrained"}
 
     def __init__(self, folder, image_size):
-        self.image_size = image_size
-        if not Path(folder).is_dir():
-            stop(f"no folder {folder}; --data takes a folder of images, shapes, or shapes:star,cross")
-        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        self.files, self.labels = [], []
-        for label, name in enumerate(self.classes or ["."]):
-            found = sorted(path for path in Path(folder, name).rglob("*") if path.suffix.lower() in self.suffixes)
-            self.files += [str(path) for path in found]           # plain strings: a million Paths weigh a gigabyte
-            self.labels += [label] * len(found)
-        beside = [entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in self.suffixes]
+        self.folder, self.image_size, self.files, self.labels = Path(folder), image_size, [], []
+        if not self.folder.is_dir():
+            raise ValueError(f"no folder {folder}; give one of images, shapes or shapes:star,cross")
+        places = [path for path in self.folder.iterdir() if not path.name.startswith((".", "__"))]
+        self.classes = sorted(p.name for p in places if p.is_dir() and p.name not in self.ours)
+        beside = [p.name for p in places if p.is_file() and p.suffix.lower() in self.suffixes]
         if self.classes and beside:
-            stop(f"{folder} has class sub-folders and {len(beside)} images beside them, such as {beside[0]}; move these into a class")
+            raise ValueError(f"{folder} has class sub-folders and images beside them, such as "
+                             f"{beside[0]}; move these into a class")
+        for label, name in enumerate(self.classes or ["."]):
+            found = self.find(self.folder / name) if self.classes else \
+                (str(self.folder / image) for image in beside)
+            found = sorted(found)
+            if not found:
+                raise ValueError(f"no images in {self.folder / name}; remove it, or give another "
+                                 f"folder ({', '.join(sorted(self.suffixes))})")
+            self.files += found
+            self.labels += [label] * len(found)
         self.classes = self.classes or ["all"]
-        if not self.files:
-            stop(f"no images in {folder} ({', '.join(sorted(self.suffixes))}); give --data another folder")
+        self.fingerprint = digest(os.path.relpath(name, self.folder) for name in self.files)
+
+    def find(self, folder):
+        """The images below a class's folder: as strings, a million Paths weigh a gigabyte."""
+        for place, folders, files in os.walk(folder):
+            folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+            for name in folders:
+                if os.path.islink(os.path.join(place, name)):
+                    raise ValueError(f"{place}/{name} is a link; put images in its place")
+            for name in files:
+                if Path(name).suffix.lower() in self.suffixes and not name.startswith((".", "__")):
+                    yield os.path.join(place, name)
 
     def __len__(self):
         return len(self.files)
 
-    def fingerprint(self, folder):
-        """Sixteen hexadecimal digits that stand for the names of the files, below the folder that was opened."""
-        names = "\0".join(name.removeprefix(f"{Path(folder)}/") for name in self.files)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-
-    def part(self, numbers):
-        """The same with only these images."""
-        part = copy.copy(self)
-        part.files, part.labels = [self.files[i] for i in numbers], [self.labels[i] for i in numbers]
-        return part
+    def __getitem__(self, index):
+        """Image number `index`, uint8 (3, size, size)."""
+        image = centre_crop(read_image(self.files[index]), self.image_size)
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
     def images(self, indices, flip):
-        out = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        for row, index, mirrored in zip(out, indices, flip):
-            image = centre_crop(read_image(self.files[index]), self.image_size)
-            row[:] = image.transpose(2, 0, 1)[:, :, ::-1 if mirrored else 1]
-        return out, np.array([self.labels[i] for i in indices])
+        images = [self[i].flip(2) if mirrored else self[i] for i, mirrored in zip(indices, flip)]
+        return torch.stack(images).numpy(), np.array([self.labels[i] for i in indices])
+
+
+class DataError(ValueError):
+    """Something is wrong with the data that one rank reads: that rank says so."""
+
+
+def read_image(path):
+    """The image in a file as upright RGB; raises DataError where it is none.
+
+    Pillow may try only formats of our suffixes: for others it would start programs.
+    """
+    formats = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+    try:
+        with Image.open(path, formats=formats) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+            if image.mode.startswith("I;16"):       # 16-bit grey, which convert() would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DataError(f"cannot read the image {path} ({error}); move it out of the folder, "
+                        "and start the same command again") from None
+
+
+def centre_crop(image, size):
+    """ADM's crop (Dhariwal & Nichol, 2021), uint8 (size, size, 3).
+
+    Halve by boxes while twice too large, resize bicubically, cut the middle out.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
 
 
 def is_drawn(name):
@@ -236,78 +239,111 @@ def is_drawn(name):
 
 def open_data(name, image_size, seed):
     """The data set that --data names, in pixels."""
+    return Shapes(image_size, seed, name) if is_drawn(name) else ImageFolder(name, image_size)
+
+
+class Latents:
+    """The posteriors of encoded images, in a folder that `encode` made; x_0 is drawn from them anew
+    whenever it is asked for.
+
+    latents.json    of which images, with which classes, and by which weights
+    00000-….npy, …  1,024 images each, (n, 2, 8, h, h) float16: the image and its mirror image; mean
+                    and standard deviation of 4 channels, scaled. The name holds a digest of the
+                    images' names, their size and the VAE.
+
+    Raises ValueError where the folder is not finished, or damaged.
+    """
+
+    endless, latent, per_part = False, True, 1024
+
+    def __init__(self, folder):
+        self.note = read_note(folder)
+        self.files = [Path(folder, name) for name in self.note["parts"]] if self.note else []
+        if not self.files or not all(file.exists() for file in self.files):
+            raise ValueError(f"no finished latents in {folder}; give the --data to encode")
+        self.classes, self.size = self.note["classes"], self.note["image_size"] // models.VAE.factor
+        self.labels = np.repeat(np.arange(len(self.classes)), self.note["counts"])
+        self.fingerprint = digest(self.note["parts"])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def images(self, indices, flip, noise):
+        """x_0 (n, 4, h, h) of the posteriors, for standard normal noise (n, 4, h, h)."""
+        moments = np.empty((len(indices), 8, self.size, self.size), np.float16)
+        for row, index, mirrored in zip(moments, indices, flip):
+            part, place = divmod(int(index), self.per_part)
+            row[:] = map_array(self.files[part])[place, int(mirrored)]
+        mean, std = torch.from_numpy(moments).float().chunk(2, dim=1)
+        return torch.addcmul(mean, std, torch.from_numpy(noise)).numpy(), self.labels[indices]
+
+
+@functools.cache
+def map_array(path):
+    """An .npy file, mapped into memory without keeping it open: there may be thousands."""
     try:
-        return Shapes(image_size, seed, name) if is_drawn(name) else ImageFolder(name, image_size)
-    except ValueError as error:
-        stop(error)
+        array = np.load(path, mmap_mode="r")
+        whole = torch.from_file(str(path), size=array.offset + array.nbytes, dtype=torch.uint8)
+        return whole.numpy()[array.offset:].view(array.dtype).reshape(array.shape)
+    except Exception as error:  # numpy raises a dozen kinds for damaged headers
+        raise DataError(f"{path} is damaged ({error}); remove it, and encode again") from None
 
 
-class UnreadableImage(ValueError):
-    """Names the file."""
-
-
-def read_image(path):
-    """The image in a file as upright RGB; raises UnreadableImage when it is none."""
+def read_note(folder):
+    """latents.json, None where there is none; raises ValueError where it is damaged."""
+    path = Path(folder) / "latents.json"
+    if not path.exists():
+        return None
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UnreadableImage(f"cannot read the image {path} ({error}); mend or remove it") from None
-
-
-def centre_crop(image, size):
-    """ADM's crop (Dhariwal & Nichol, 2021): halve by boxes while twice too large, resize bicubically, cut the middle."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top:top + size, left:left + size]
+        note = json.loads(path.read_text())
+        counts, images = note["counts"], note["images"]
+        if sum(counts) == images and len(counts) == len(note["classes"]) and min(counts) >= 0 \
+                and len(note["parts"]) == math.ceil(images / Latents.per_part) \
+                and note["image_size"] > 0 and isinstance(note["data"] + note["weights"], str) \
+                and all(Path(name).name == name for name in note["parts"]):
+            return note
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged or too old; remove {folder}, and encode again")
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training batch number `step`, or this rank's slice of it: a function of (seed, step)."""
+    """Training batch number `step`, or this rank's slice of it: a function of (seed, step).
 
-    def __init__(self, data, settings):
-        self.data, self.settings = data, settings
+    Images as the data gives them; y (B,), the null class where the class is hidden; levels t (B,);
+    noise eps like x_0; drop_noise (B,) bool, where the level is hidden.
+    """
+
+    def __init__(self, data, args):
+        self.data, self.args, self.path = data, args, PATHS[args.interpolant]()
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        return generator(self.settings["seed"], "order", epoch).permutation(len(self.data))
+        return generator(self.args.seed, "order", epoch).permutation(len(self.data))
 
     def indices(self, step):
-        """Of the data, in the global batch: epoch after epoch, each in its own order, without a gap in between."""
-        places = range(step * self.settings["batch"], (step + 1) * self.settings["batch"])
+        """Of the data, in the global batch: epoch after epoch, without a gap in between."""
+        places = range(step * self.args.batch, (step + 1) * self.args.batch)
         if self.data.endless:
             return np.array(places)
-        return np.array([self.order(place // len(self.data))[place % len(self.data)] for place in places])
+        n = len(self.data)
+        return np.array([self.order(place // n)[place % n] for place in places])
 
     def __getitem__(self, step):
-        s, B = self.settings, self.settings["batch"]
-        rng = generator(s["seed"], "batch", step)
+        args, B = self.args, self.args.batch
+        rng = generator(args.seed, "batch", step)
         flip = rng.random(B) < 0.5
-        t = rng.random(B) if s["interpolant"] == "linear" else (1 + rng.integers(0, diffusion.VP.steps, B)) / diffusion.VP.steps
-        drop_class, drop_noise = rng.random(B) < s["class_drop"], rng.random(B) < s["noise_drop"]
-        shape = B, s["in_channels"], s["input_size"], s["input_size"]
+        t = self.path.draw_levels(rng, B)
+        drop_class, drop_noise = rng.random(B) < args.class_drop, rng.random(B) < args.noise_drop
+        shape = B, args.in_channels, args.input_size, args.input_size
         eps = rng.standard_normal(shape, np.float32)
-        noise = rng.standard_normal(shape, np.float32) if self.data.latent else None
 
         mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
-        try:
-            drawn = [noise[mine]] if self.data.latent else []
-            images, y = self.data.images(self.indices(step)[mine], flip[mine], *drawn)
-        except UnreadableImage as error:
-            return error                                          # for main() to tell: raised in a worker process it would bring a traceback
-        y = np.where(drop_class[mine], s["num_classes"], y)
+        noise = [rng.standard_normal(shape, np.float32)[mine]] if self.data.latent else []
+        images, y = self.data.images(self.indices(step)[mine], flip[mine], *noise)
+        y = np.where(drop_class[mine], args.num_classes, y)
         batch = images, y, t[mine].astype(np.float32), eps[mine], drop_noise[mine]
         return [torch.from_numpy(np.ascontiguousarray(part)) for part in batch]
-
-
-def ignore_signals(worker):
-    """For the processes that prepare batches: Ctrl-C and SIGTERM are for the run itself to answer, and its end is not theirs to tell."""
-    sys.excepthook = lambda *error: None                          # the thread that hands batches over; errors of the data go another way
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_float(images):
@@ -320,130 +356,752 @@ def to_uint8(images):
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples: their randomness, and a picture of them
+# --------------------------------------------------------------------------------------------------
+# The training step
 
 
-class SampleNoise:
-    """All that is random about samples number `indices`, each from its own generator of (seed, index)."""
+class Trainer:
+    """A model, its average and its optimiser on this rank, and the step that moves all three."""
 
-    def __init__(self, seed, indices):
-        self.generators = [generator(seed, "sample", int(i)) for i in indices]
+    def __init__(self, model, args, device):
+        self.args, self.device, self.share = args, device, args.batch // WORLD
+        bf16 = args.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        if device.type == "cuda":                   # what bf16 leaves in fp32 may be TF32
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
+        self.path = PATHS[args.interpolant]()
+        self.model = model.to(device)
+        self.model.grad_checkpoint = args.grad_checkpoint
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+        args.micro_batch = args.micro_batch or broadcast(fitting_micro_batch(self))
+        args.micro_batch = min(self.share, args.micro_batch)
+        self.network = torch.compile(model) if args.compile else model
+        if WORLD > 1:
+            self.network = DistributedDataParallel(
+                self.network, gradient_as_bucket_view=True, broadcast_buffers=False,
+                static_graph=args.micro_batch == self.share)
+        self.flops = 3 * model.flops()              # per image: backward is two forward passes
 
-    def classes(self, among):
-        """One class of the list for each sample, (B,) int64; to be drawn first."""
-        return torch.tensor([among[int(g.random() * len(among))] for g in self.generators])
+    def step(self, batch, number, interrupted=lambda: False):
+        """Step `number` (from 1) with this rank's part of a batch; its mean loss, a tensor ().
 
-    def __call__(self, x):
-        """Standard normal noise like x, for `randn` of the samplers."""
-        noise = torch.from_numpy(np.stack([g.standard_normal(x.shape[1:], np.float32) for g in self.generators]))
-        if x.device.type == "cuda":                               # from pinned memory the copy does not wait for what the GPU is doing
+        The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange
+        them during the last. A gradient that is not finite leaves weights, moments and average as
+        they were, and the loss is NaN. Nothing here waits for the device. Where `interrupted()`
+        before a pass, the step is given up, and the result is None.
+        """
+        images, *rest = (part.to(self.device, non_blocking=True) for part in batch)
+        parts = [part.split(self.args.micro_batch) for part in (to_float(images), *rest)]
+        loss = torch.zeros((), device=self.device)
+        for i, micro_batch in enumerate(zip(*parts)):
+            if interrupted():
+                return None
+            last = i == len(parts[0]) - 1
+            with contextlib.nullcontext() if WORLD == 1 or last else self.network.no_sync():
+                with self.autocast:
+                    losses = diffusion.training_loss(self.network, self.path, *micro_batch)
+                    loss_part = losses.sum() / self.share
+                self.scaler.scale(loss_part).backward()
+            loss += loss_part.detach()
+
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        finite = norm.isfinite()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(number)
+        self.scaler.step(self.optimizer)            # its scale is 1: it only leaves out bad steps
+        self.scaler.update(1.0)
+        self.optimizer.zero_grad()
+        with torch.no_grad():                       # the average starts short: a tenth of the run
+            weight = (1 - min(self.args.ema, number / (number + 9))) * finite
+            for average, parameter in zip(self.ema.parameters(), self.model.parameters()):
+                average.lerp_(parameter, weight)
+        return torch.where(finite, loss, torch.nan)
+
+    def learning_rate(self, number):
+        """Rises to --lr during the warm-up, then falls as 1 / sqrt(step)."""
+        warmup = self.args.warmup
+        return self.args.lr * (min(number / warmup, math.sqrt(warmup / number)) if warmup else 1)
+
+
+def fitting_micro_batch(trainer):
+    """The largest equal share of a rank's batch whose activations should fit into memory.
+
+    Per token and block the backward pass keeps about 26 numbers per channel, and on a CPU the
+    attention map; with --grad-checkpoint, of one block at a time. Weights, average, gradients, two
+    moments and a copy in bf16 take 22 bytes a parameter.
+    """
+    model, cuda = trainer.model, trainer.device.type == "cuda"
+    tokens, width, depth = model.pos_embed.shape[1], model.pos_embed.shape[2], len(model.blocks)
+    attention = 0 if cuda else 3 * model.blocks[0].attn.num_heads * tokens
+    bytes_each = 2.6 if trainer.args.precision == "bf16" else 4
+    block = tokens * (26 * width + attention) * bytes_each
+    per_image = block + 4 * tokens * width * depth if model.grad_checkpoint else block * depth
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = torch.cuda.mem_get_info()[0] if cuda else machine / 2 / local
+    state = 22 * sum(p.numel() for p in model.parameters())
+    fit = max(1, int((0.85 * memory - state) / per_image))
+    return math.ceil(trainer.share / math.ceil(trainer.share / fit))
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples: their random numbers, and a picture of them
+
+
+def sample_classes(seed, indices, among):
+    """One class of the list for each of the samples with these numbers, (n,) int64."""
+    draws = (generator(seed, "class", int(i)).random() for i in indices)
+    return torch.tensor([among[int(u * len(among))] for u in draws])
+
+
+def sample_noise(seed, indices):
+    """randn(x) for the samplers: noise like x (n, …), each row from its own sample's generator."""
+    generators = [generator(seed, "sample", int(i)) for i in indices]
+
+    def randn(x):
+        rows = [g.standard_normal(x.shape[1:], np.float32) for g in generators]
+        noise = torch.from_numpy(np.stack(rows))
+        if x.device.type == "cuda":                 # the copy then does not wait for the GPU
             noise = noise.pin_memory()
         return noise.to(x.device, non_blocking=True)
 
+    return randn
+
 
 def picture(panels, columns=8, captions=None):
-    """Panels {title: uint8 images (n, 3, H, W)} side by side, each a grid, with a caption under each image."""
-    zoom = max(1, 64 // next(iter(panels.values())).shape[-1])
-    font = ImageFont.load_default(12)
-    drawn = []
-    for title, images in panels.items():
-        n, _, height, width = images.shape
-        across, text = min(columns, n), 16 if captions else 0
-        cell_w, cell_h, head = width * zoom + 6, height * zoom + 6 + text, 20 if title else 4
-        panel = Image.new("RGB", (across * cell_w + 14, math.ceil(n / across) * cell_h + head + 4), "white")
-        pen = ImageDraw.Draw(panel)
-        pen.text((8, 3), title, "black", font)
+    """Panels {title: uint8 images (n, 3, H, W)} side by side, each a grid with captions."""
+    n, _, height, width = next(iter(panels.values())).shape
+    zoom, columns = max(1, 64 // width), min(columns, n)
+    cell_w, cell_h = width * zoom + 6, height * zoom + (22 if captions else 6)
+    panel_w, head = columns * cell_w + 14, 20 if any(panels) else 4
+    size = panel_w * len(panels), math.ceil(n / columns) * cell_h + head + 4
+    page, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
+    pen = ImageDraw.Draw(page)
+    for k, (title, images) in enumerate(panels.items()):
+        pen.text((k * panel_w + 8, 3), title, "black", font)
         for i, image in enumerate(images):
-            x, y = 8 + i % across * cell_w, head + i // across * cell_h
+            x, y = k * panel_w + 8 + i % columns * cell_w, head + i // columns * cell_h
             pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
-            panel.paste(pixels.resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
+            page.paste(pixels.resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
             if captions:
-                pen.text((x + width * zoom / 2, y + height * zoom + 1), captions[i], "black", font, anchor="ma")
-        drawn.append(panel)
-    whole = Image.new("RGB", (sum(p.width for p in drawn), drawn[0].height), "white")
-    for k, panel in enumerate(drawn):
-        whole.paste(panel, (sum(p.width for p in drawn[:k]), 0))
-    return whole
+                below = x + width * zoom / 2, y + height * zoom + 1
+                pen.text(below, captions[i], "black", font, anchor="ma")
+    return page
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: written beside their place and renamed, so that a kill leaves the old one or the new one
+def write_grid(trainer, step, vae):
+    """Samples of the average from the same noise each time, without guidance: to watch it learn."""
+    args, device = trainer.args, trainer.device
+    y = torch.arange(32, device=device) % min(8, args.num_classes)
+    shape = 32, args.in_channels, args.input_size, args.input_size
+    randn = sample_noise(args.seed, range(32))
+    sampler = diffusion.sample_ddpm if args.interpolant == "vp" else diffusion.sample_sde
+    denoise = diffusion.guided(trainer.ema.eval(), trainer.path, y)
+    with trainer.autocast:
+        x0 = sampler(denoise, randn(torch.empty(shape, device=device)), trainer.path, 50, randn)
+    images = to_uint8(vae.decode(x0) if vae else x0).cpu()
+    save_png(picture({"": images}), Path(args.out, "samples", f"{step:07}.png"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
+TI = dict(steps=4000, batch=32, lr=6e-3, warmup=300, ckpt_every=1000)
+TI_TUNING = dict(steps=400, lr=1.5e-3, warmup=40)   # beside these, from --init
+LARGE = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000)
+FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr",
+         "warmup", "ema", "seed", "precision", "init")      # what may not change while a run lasts
+
+
+def arguments():
+    parser = Arguments(__doc__)
+    add, share = parser.add_argument, number(float, 0, 1)
+    positive, whole = number(int, 1), number(int, 0)
+    add("--model", choices=models.MODELS, metavar="NAME",
+        help="DiT-* or SiT-*, Ti S B L XL, /2 /4 /8 (default: SiT-Ti/2)")
+    add("--data", type=place, metavar="DIR",
+        help="folder of images, or shapes (default), or some of these, shapes:star,cross")
+    add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: of "
+        "--init or --latents, 256 in latents, 16 for Ti on shapes, else 32)")
+    add("--latents", type=place, metavar="DIR", help="train in latents, kept there; --data is "
+        "encoded first (from 256 on by default: runs/latents-<data>-<size>)")
+    add("--vae", type=place, metavar="FILE", help="weights of the VAE (default: downloaded)")
+    add("--init", type=place, metavar="CKPT",
+        help=f"start from weights: a checkpoint, or the published {', '.join(models.PUBLISHED)}")
+    add("--interpolant", choices=PATHS, help="default: vp for DiT, linear for SiT")
+    add("--noise-drop", type=share, metavar="P",
+        help="how often the level is hidden, for NAG (default: 0.1)")
+    add("--class-drop", type=share, metavar="P",
+        help="how often the class is hidden, for CFG (default: 0.1)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, metavar="N",
+                        help="default: 4,000 for Ti, with --init 400; else 400,000")
+    length.add_argument("--epochs", type=number(float, 1e-6), metavar="N",
+                        help="passes over a folder (default: 10 with --init)")
+    add("--batch", type=positive, metavar="N",
+        help="images per step, of all ranks together (default: 32 for Ti, else 256)")
+    add("--micro-batch", type=positive, metavar="N",
+        help="images per pass of a rank (default: what fits in memory)")
+    add("--lr", type=number(float, 0),
+        help="of AdamW (default: 6e-3 for Ti, with --init 1.5e-3; else 1e-4)")
+    add("--warmup", type=whole, metavar="N", help="steps in which the rate rises to --lr, to fall "
+        "as 1/sqrt(step) after; 0: constant (default: 300 for Ti, with --init 40; else 0)")
+    add("--ema", type=share, metavar="DECAY", help="of the averaged weights (default: 0.9999)")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
+    add("--out", type=place, metavar="DIR",
+        help="default: runs/<data>-<model>, with --init runs/<data>-<its run>-tuned")
+    add("--workers", type=whole, metavar="N",
+        help="processes that prepare batches (default: 0 on a CPU with shapes, else up to 4)")
+    add("--ckpt-every", type=positive, metavar="STEPS",
+        help="checkpoint and samples (default: 1000 for Ti, else 5000)")
+    add("--keep", type=whole, metavar="N", help="checkpoints kept, 0 for all (default: 3)")
+    add("--precision", choices=("fp32", "bf16"),
+        help="of the matrix products (default: bf16 where the processor has units for it)")
+    add("--grad-checkpoint", action="store_true",
+        help="compute activations twice instead of keeping them: less memory, a quarter slower")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add("--benchmark", action="store_true", help="measure the speed, write one line of JSON")
+    return parser
+
+
+def default_out(args):
+    data = Path(args.data or args.latents or "shapes").name
+    if args.init:
+        return f"runs/{data}-{run_folder(args.init).name}-tuned"
+    return f"runs/{data}-{(args.model or 'SiT-Ti/2').replace('/', '-')}"
+
+
+def settings(parser, device):
+    """All settings, the newest checkpoint (None before the first), --init (model, settings), data.
+
+    What the command leaves open is as in the checkpoint, else as in --init, else by default.
+    """
+    given = parser.parse_args()
+    out = given.out or default_out(given)
+    must_be_writable(out)
+    if Path(out).exists() and not given.benchmark:
+        lock(out, "checkpoints", "samples")
+    checkpoint = None if given.benchmark else newest_whole(out)
+    saved = checkpoint["settings"] if checkpoint else {}
+    init, of_init = open_init(given) if given.init and not checkpoint else (None, {})
+    model = given.model or saved.get("model") or of_init.get("model", "SiT-Ti/2")
+    family, size = model.split("/")[0].split("-")
+    parser.set_defaults(data="shapes", noise_drop=0.1, class_drop=0.1, ema=0.9999, seed=0, keep=3,
+                        interpolant=FAMILIES[family], learn_sigma=True, in_channels=None,
+                        precision=broadcast(fast_precision(device)), compile=device.type == "cuda",
+                        **(TI if size == "Ti" else LARGE))
+    if given.init and size == "Ti":
+        parser.set_defaults(**TI_TUNING)
+    inherited = "interpolant", "learn_sigma", "image_size", "in_channels"
+    parser.set_defaults(**{key: of_init[key] for key in inherited if init})
+    parser.set_defaults(**{**saved, "model": model, "out": out, "command": shlex.join(sys.argv)})
+    args = parser.parse_args()
+
+    for key in FIXED if saved else ():
+        if leads_to(getattr(args, key)) != leads_to(saved.get(key)):
+            raise ValueError(f"{out} was started with --{key.replace('_', '-')} {saved.get(key)}, "
+                             f"not {getattr(args, key)}; give another --out")
+    if init and args.interpolant != of_init["interpolant"]:
+        raise ValueError(f"{args.init} was trained on {of_init['interpolant']}, and cannot start a "
+                         f"model on {args.interpolant}; leave out --interpolant")
+    if args.batch % WORLD:
+        raise ValueError(f"a batch of {args.batch} cannot be shared by {WORLD} ranks; "
+                         f"give a --batch that {WORLD} divides")
+    data = training_data(args, given, of_init, device)
+    before = saved.get("classes"), saved.get("fingerprint")
+    if saved and before != (data.classes, data.fingerprint):
+        raise ValueError(f"the images of {args.data} changed since {out} was started; to go on "
+                         f"with these, give --init {out} and another --out")
+    args.classes, args.num_classes = data.classes, len(data.classes)
+    args.fingerprint = data.fingerprint
+    if args.workers is None:
+        args.workers = 0 if data.endless and device.type == "cpu" else WORKERS
+    if args.init and not (saved or given.steps or given.epochs or data.endless):
+        args.epochs = 10
+    if args.epochs:
+        if data.endless:
+            raise ValueError("shapes are endless and have no epochs; use --steps")
+        args.steps, args.epochs = math.ceil(args.epochs * len(data) / args.batch), None
+    return args, checkpoint, (init, of_init), data
+
+
+def training_data(args, given, of_init, device):
+    """The data set; settles image_size, input_size and in_channels, and encodes what is missing."""
+    drawn = is_drawn(args.data) and not args.latents
+    latent = bool(args.latents or args.vae or args.in_channels == models.VAE.channels)
+    if latent and drawn:
+        raise ValueError("shapes are trained in pixels; give the --data to encode, or --latents")
+    note = read_note(args.latents) if args.latents else None
+    by_default = 256 if latent else 16 if drawn and "-Ti/" in args.model else 32
+    size = args.image_size or (note["image_size"] if note else by_default)
+    latent = latent or not drawn and size >= 256
+    args.image_size, args.in_channels = size, models.VAE.channels if latent else 3
+    args.input_size = size // models.VAE.factor if latent else size
+    what = f"{size}×{size} {'images in latents' if latent else 'pixels'}"
+    if of_init and (of_init["image_size"], of_init["in_channels"]) != (size, args.in_channels):
+        raise ValueError(f"{args.init} is no model of {what}; give --image-size "
+                         f"{of_init['image_size']}, or other data")
+    if not latent:
+        return open_data(args.data, size, args.seed)
+    args.latents = args.latents or f"runs/latents-{Path(args.data).name}-{size}"
+    if given.data or not note:
+        encode(args, device)
+    data = Latents(args.latents)
+    if data.note["image_size"] != size:
+        raise ValueError(f"{args.latents} holds no latents of {what}; give another --latents")
+    args.data, args.vae = data.note["data"], args.vae or data.note["vae"]
+    return data
+
+
+def open_init(args):
+    """--init's model and its settings."""
+    large = f"{args.init}-{args.image_size}"        # DiT-XL/2 is published for 512×512, too
+    source = large if large in models.PUBLISHED else newest_checkpoint(args.init)
+    with rank_0_first():
+        return models.from_checkpoint(source, args.model)
+
+
+def new_model(args, init, of_init):
+    """The network as it starts: fresh, or with the weights of --init."""
+    torch.manual_seed(args.seed)
+    shape = {key: getattr(args, key)
+             for key in ("input_size", "in_channels", "num_classes", "learn_sigma")}
+    model = models.MODELS[args.model](**shape)
+    if init:
+        weights, table = init.state_dict(), "y_embedder.embedding_table.weight"
+        numbered = of_init["classes"][0].isdecimal()             # numbers stand for any names
+        same = of_init["num_classes"] == args.num_classes if numbered else \
+            of_init["classes"] == args.classes
+        if not same:
+            weights[table] = model.state_dict()[table]
+            print(f"{args.init} knows {of_init['num_classes']} other classes than the "
+                  f"{args.num_classes} of {args.data}: the label table starts anew")
+        models.load_weights(model, weights, args.init)
+    return model
+
+
+def newest_whole(out):
+    """The newest checkpoint of a run that is whole, None where none was written.
+
+    Those after it are damaged, and renamed. Raises ValueError where all are.
+    """
+    path, damaged = None, {}
+    for path in reversed(checkpoints(out)) if RANK == 0 else ():
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if wrong := archive.testzip():      # reads it all: one flipped bit is too many
+                    raise ValueError(wrong)
+            checkpoint = models.load_file(path)
+            kinds = {"model": dict, "ema": dict, "opt": dict, "step": int, "settings": dict}
+            for key, kind in kinds.items():
+                if not isinstance(checkpoint.get(key), kind):
+                    raise ValueError(f"it has no {key}")
+            break
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            damaged[path] = error
+    if path in damaged:
+        raise ValueError(f"cannot go on from {path}: {damaged[path]}; remove it, "
+                         "or give another --out")
+    for bad, error in damaged.items():
+        print(f"{bad} is damaged ({error}), and now named .damaged; going on from {path}")
+        bad.rename(bad.with_suffix(".pt.damaged"))
+    path = broadcast(path)
+    return path and models.load_file(path)
+
+
+class Log:
+    """OUT/log.jsonl, a line for each step, and the progress on the terminal."""
+
+    def __init__(self, trainer, start):
+        args, self.trainer, self.losses, self.bad = trainer.args, trainer, [], 0
+        self.peak = WORLD * matmul_rate(trainer.device, args.precision)
+        path = Path(args.out, "log.jsonl")
+        if RANK == 0:                               # steps after the checkpoint are repeated
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            with replacing(path) as file:
+                file.writelines(lines[:start])
+        self.file = open(path, "a") if RANK == 0 else open(os.devnull, "w")
+        self.bar = progress(total=args.steps, initial=start, unit="step", smoothing=0.05)
+        self.since = time.perf_counter()
+
+    def add(self, loss):
+        self.losses.append(loss)
+        self.bar.update()
+
+    def flush(self, step):
+        """Write the losses up to this step: the only look at them, since it waits for the device.
+
+        Raises ValueError after ten steps in a row without a finite loss and gradient.
+        """
+        args, losses, self.losses = self.trainer.args, torch.stack(self.losses), []
+        if WORLD > 1:
+            dist.all_reduce(losses)
+        losses = (losses / WORLD).tolist()
+        took, self.since = time.perf_counter() - self.since, time.perf_counter()
+        speed = round(args.batch * len(losses) / took, 1)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        for number, loss in enumerate(losses, step - len(losses) + 1):
+            self.bad = 0 if loss in finite else self.bad + 1
+            row = {"step": number, "loss": None if self.bad else loss, "images_per_s": speed}
+            print(json.dumps(row), file=self.file, flush=True)
+            if self.bad and RANK == 0:
+                self.bar.write(f"step {number} was skipped: its gradient is not finite")
+            if self.bad == 10:
+                last = checkpoints(args.out)[-1:] or ["none"]
+                raise ValueError(f"ten steps in a row up to {number} had no finite gradient; the "
+                                 f"last good checkpoint is {last[0]}; start anew with a lower --lr "
+                                 "and another --out")
+        mfu = speed * self.trainer.flops / self.peak
+        mean = np.mean(finite) if finite else math.nan
+        self.bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s, MFU {mfu:.0%}", False)
+
+
+class Interruption:
+    """Ctrl-C and other signals leave a note, which ranks share between two passes."""
+
+    def __init__(self):
+        self.signals = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if number == signal.SIGINT in self.signals:
+            raise KeyboardInterrupt                 # the second Ctrl-C
+        self.signals.append(number)
+        print("\nstopping after this pass")
+
+    def __call__(self):
+        noted = torch.tensor(len(self.signals))
+        if WORLD > 1:
+            dist.all_reduce(noted)
+        return noted.item() > 0
+
+
+def save(trainer, step):
+    """Write the checkpoint of this step, and remove what is older than --keep."""
+    args = trainer.args
+    if not all(value.isfinite().all() for value in trainer.model.parameters()):
+        raise ValueError(f"the weights after step {step} are not finite, and are not saved; "
+                         "start anew with a lower --lr and another --out")
+    path = Path(args.out, "checkpoints", f"{step:07}.pt")
+    checkpoint = {"model": trainer.model.state_dict(), "ema": trainer.ema.state_dict(),
+                  "opt": trainer.optimizer.state_dict(), "step": step, "settings": vars(args)}
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+    for old in checkpoints(args.out)[:-args.keep] if args.keep else ():
+        old.unlink()
+
+
+def main():
+    parser, device = arguments(), join_ranks()
+    args, checkpoint, init, data = settings(parser, device)
+    step = start = checkpoint["step"] if checkpoint else 0
+    if step >= args.steps:
+        return print(f"{args.out} is finished: it stands at step {step} of {args.steps}; "
+                     "a larger --steps goes on")
+    trainer = Trainer(new_model(args, *init), args, device)
+    if args.benchmark:
+        return speed_of(trainer, data)
+    if checkpoint:
+        models.load_weights(trainer.model, checkpoint["model"], args.out)
+        models.load_weights(trainer.ema, checkpoint["ema"], args.out)
+        trainer.optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))    # the file is mapped
+    if RANK == 0:
+        lock(args.out, "checkpoints", "samples")
+        vae = models.load_vae(args.vae).to(device) if data.latent else None
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{args.model} ({count / 1e6:.1f} M parameters, {args.interpolant}) on {args.data} "
+          f"{args.image_size}×{args.image_size}: steps {step} to {args.steps} of {args.batch} "
+          f"images ({args.micro_batch} at a time), {args.precision} on {WORLD} {device.type}; "
+          f"writes {args.out}")
+    log, interrupted = Log(trainer, start), Interruption()
+
+    batches = load(Batches(data, args), range(start, args.steps), args.workers, device)
+    while step < args.steps:
+        try:
+            batch = next(batches)
+        except DataError:
+            if WORLD == 1 and step > start:
+                log.flush(step)
+                save(trainer, step)
+            raise
+        loss = trainer.step(batch, step + 1, interrupted)
+        if loss is None:
+            break
+        step += 1
+        log.add(loss)
+        saving = step % args.ckpt_every == 0 or step == args.steps
+        if saving or step % 10 == 0:
+            log.flush(step)
+        if saving and RANK == 0:
+            save(trainer, step)
+            write_grid(trainer, step, vae)
+            log.bar.refresh()
+
+    log.bar.close()
+    if step == args.steps:
+        nag = " --w-nag 3" if args.noise_drop else ""
+        return print(f"finished: {args.out}/checkpoints/{step:07}.pt; now: "
+                     f"python sample.py{nag} --ckpt {args.out}")
+    if log.losses:
+        log.flush(step)
+    if step > start and RANK == 0:
+        save(trainer, step)
+    print(f"stopped at step {step}; the same command goes on")
+    raise SystemExit(128 + (interrupted.signals or [signal.SIGTERM])[0])      # so that && stops
+
+
+def speed_of(trainer, data):
+    """--benchmark: one batch, again and again."""
+    batch = Batches(data, trainer.args)[0]
+    if trainer.device.type == "cuda":
+        batch = [part.pin_memory() for part in batch]
+    calls = {"training": (lambda: trainer.step(batch, 1), trainer.flops)}
+    print(json.dumps(benchmark(calls, trainer.args, trainer.device)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoding a folder of images into latents
+
+
+def encode(args, device):
+    """Encode the images of --data into the parts of --latents that do not exist yet.
+
+    All ranks share the work, in whole parts. Raises ValueError where the folder holds latents of
+    other data. When an image is added or removed, the parts from there on are made anew.
+    """
+    size, factor = args.image_size, models.VAE.factor
+    if size % factor:
+        raise ValueError(f"--image-size {size} is not a multiple of {factor}, as the VAE needs; "
+                         "give one that is")
+    folder, source = Path(args.latents), ImageFolder(args.data, size)
+    with rank_0_first():
+        vae = models.load_vae(args.vae).to(device)
+    n, weights, before = Latents.per_part, models.fingerprint(vae), read_note(folder)
+    if before and (leads_to(before["data"]), before["image_size"], before["weights"]) != \
+            (leads_to(args.data), size, weights):
+        raise ValueError(f"{folder} holds latents of {before['data']} at {before['image_size']} by "
+                         f"{before['vae'] or 'the published VAE'}; give another --latents")
+    parts = [range(i, min(i + n, len(source))) for i in range(0, len(source), n)]
+    names = [os.path.relpath(name, args.data) for name in source.files]
+    files = [folder / f"{k:05}-{digest([weights, str(size), *names[part.start:part.stop]])}.npy"
+             for k, part in enumerate(parts)]
+    lock(folder)
+    todo = broadcast([k for k, file in enumerate(files) if not file.exists()])
+    if RANK == 0:
+        note = {"data": args.data, "image_size": size, "images": len(source), "vae": args.vae,
+                "classes": source.classes, "counts": np.bincount(source.labels).tolist(),
+                "weights": weights, "parts": [file.name for file in files]}
+        with replacing(folder / "latents.json") as file:
+            file.write(json.dumps(note, indent=1).encode())
+    needed = len(source) * 2 * 8 * (size // factor)**2 * 2 / 1e9
+    print(f"{len(source)} images of {args.data} at {size}×{size}, and mirror images, in {folder}: "
+          f"{needed:.2f} GB, {len(todo)} of {len(files)} parts are missing")
+    todo = todo[RANK::WORLD]
+    numbers = [i for k in todo for i in parts[k]]
+    images = load(source, numbers, WORKERS, device)
+    with progress(total=len(numbers), unit="image", desc="encoding") as bar:
+        for k in todo:
+            moments = []
+            for i in range(0, len(parts[k]), 16):   # always the same 16, for the same rounding
+                pixels = torch.stack(list(itertools.islice(images, len(parts[k][i:i + 16]))))
+                pixels = to_float(pixels.to(device))
+                both = [torch.cat(vae.encode(x), 1) for x in (pixels, pixels.flip(3))]
+                moments.append(torch.stack(both, 1).half().cpu())
+                bar.update(len(pixels))
+            with replacing(files[k]) as file:
+                np.save(file, torch.cat(moments).numpy())
+    if WORLD > 1:
+        dist.barrier()
+
+
+# --------------------------------------------------------------------------------------------------
+# Plumbing that all scripts share; a reader of the method may stop here.
+
+
+def stop(message, everywhere=False):
+    """End with one line on standard error and exit status 2; of several ranks, the first speaks."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()                                 # the line stands alone
+    if RANK == 0 or everywhere:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def one_line_errors(main):
+    """Run main(); an error of the user or of the system is one line, with exit status 2.
+
+    `python -X dev` shows where it was raised.
+    """
+    sys.stdout, sys.stderr = (out or open(os.devnull, "w") for out in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")            # file names need not be text
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:                         # as in: train.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if sys.flags.dev_mode or not (message := explanation(error)):
+            raise
+        stop(message, everywhere=not isinstance(error, ValueError) or isinstance(error, DataError))
+    finally:                                        # after an error NCCL could wait for ever
+        if dist.is_initialized() and (sys.exc_info()[0] is None or not torch.cuda.is_available()):
+            dist.destroy_process_group()
+
+
+def explanation(error):
+    """What the user reads of an error, None where it is a mistake of the program."""
+    text = str(error)
+    if isinstance(error, ValueError):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file system'}: {error.strerror or text}"
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return "there is not enough memory; lower --micro-batch (train.py), --batch, or the size"
+    if "ompiler" in text:
+        return "torch.compile finds no working compiler; give --no-compile"
+    if WORLD > 1 and "by peer" in text:
+        return "another rank has ended"
+
+
+class Arguments(argparse.ArgumentParser):
+    def __init__(self, story, **options):
+        story = (story or "").split("\n\n")[0]           # python -OO leaves no docstrings
+        super().__init__(description=story, allow_abbrev=False, **options)
+
+    def error(self, message):
+        stop(f"{message}; see --help")
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite int or float with low <= value <= high."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high and abs(value) < math.inf:
+                return value
+        name = {int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
+    return parse
+
+
+def place(text):
+    """An argparse type: the name of a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; give that of a file or folder")
+    return text if text in models.PUBLISHED else os.path.normpath(text)
+
+
+def leads_to(name):
+    """What exists under a name, so that two names of one place are equal; else the name itself."""
+    return os.path.realpath(name) if isinstance(name, str) and os.path.exists(name) else name
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """An open binary file that takes the place of `path` when all went well."""
+    """An open binary file that takes the place of `path`, in a folder that exists, when whole.
+
+    What a killed writer left is overwritten by the next.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:                                      # of a full disk, say: name the file
+    except OSError as error:                        # of a full disk, say: name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
+    except RuntimeError:                            # so torch.save reports one
+        raise OSError(None, "cannot be written; is the disk full?", str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
-def save_file(contents, path):
-    """A checkpoint, which takes its place when it is whole."""
+def save_png(image, path):
+    """Write a picture, and in it the command that made it."""
+    info, command = PngImagePlugin.PngInfo(), shlex.join(sys.argv)
+    info.add_text("command", command.encode(errors="backslashreplace").decode())
+    with replacing(path) as file:
+        image.save(file, "png", pnginfo=info)
+
+
+LOCKS = {}                                          # open files: locks end with their process
+
+
+def lock(folder, *inside):
+    """Rank 0 makes a folder, and folders inside, and becomes their only writer."""
+    if RANK or folder in LOCKS:
+        return
+    for place in (Path(folder), *(Path(folder, name) for name in inside)):
+        place.mkdir(parents=True, exist_ok=True)
+    LOCKS[folder] = open(Path(folder, ".lock"), "ab")
     try:
-        with replacing(path) as file:
-            torch.save(contents, file)
-    except RuntimeError:                                          # so torch.save reports a full disk
-        stop(f"cannot write {path}: is the disk full? What was written before is whole")
+        fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process is writing {folder}; wait for it, "
+                         "or give another --out") from None
 
 
-LOCKS = {}                                                        # open files by name: each lock is held until its process ends
-
-
-def lock(path, what):
-    """Be the only writer of `what`, by a lock on the file `path`; stops when another process is. Of several ranks, the first locks."""
-    path = Path(path)
-    if RANK == 0 and path not in LOCKS:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)      # of this process alone: the kernel lets go of it however that ends
-        except (BlockingIOError, PermissionError):
-            stop(f"another process is writing {what}; wait for it, or give another --out")
-        LOCKS[path] = file
+def must_be_writable(path):
+    """Raises OSError before the work, not after it, where a file or folder cannot be made."""
+    above = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if not os.access(above, os.W_OK) or above.is_file() and above != Path(path):
+        raise OSError(None, "nothing can be written there", str(path))
 
 
 def checkpoints(out):
     """The checkpoint files of a run, oldest first."""
-    return sorted((path for path in Path(out, "checkpoints").glob("*.pt") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+    found = (path for path in Path(out, "checkpoints").glob("*.pt") if path.stem.isdecimal())
+    return sorted(found, key=lambda path: int(path.stem))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine: ranks, speed, memory
+def newest_checkpoint(name):
+    """The checkpoint that a name means: itself, or a run's newest."""
+    if name in models.PUBLISHED or not Path(name).is_dir():
+        return name
+    name = name.removesuffix("/checkpoints")
+    if not checkpoints(name):
+        raise ValueError(f"no checkpoints in {name}/checkpoints; train some with: "
+                         f"python train.py --out {name}")
+    return broadcast(str(checkpoints(name)[-1]))
+
+
+def run_folder(ckpt):
+    """Where what is made of a checkpoint goes."""
+    if ckpt in models.PUBLISHED:
+        return Path("runs", ckpt.replace("/", "-"))
+    parent = Path(ckpt).parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def join_ranks():
-    """The device of this rank, after joining the others under torchrun (NCCL between GPUs, gloo between CPUs)."""
+    """The device of this rank, after joining the others under torchrun."""
     cuda = torch.cuda.is_available()
-    if not cuda and sys.platform == "linux":
-        # glibc hands every freed large block back, to be faulted in again, page by page: 5 to 12 % of a small model's step
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 26)                             # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 30)                             # M_TRIM_THRESHOLD
+    if RANK >= WORLD:
+        stop(f"RANK is {RANK} of a WORLD_SIZE of {WORLD}; start ranks by torchrun", everywhere=True)
+    if cuda and LOCAL_RANK >= torch.cuda.device_count():
+        stop(f"rank {LOCAL_RANK} has no GPU, there are {torch.cuda.device_count()}; "
+             "lower --nproc-per-node", everywhere=True)
     if cuda:
-        if LOCAL_RANK >= torch.cuda.device_count():
-            stop(f"rank {LOCAL_RANK} has no GPU: the machine has {torch.cuda.device_count()}; lower --nproc-per-node",
-                 everywhere=True)
         torch.cuda.set_device(LOCAL_RANK)
-        torch.backends.cudnn.allow_tf32 = False                   # fp32 means fp32, in the patch embedding too
-    if WORLD > 1 and not dist.is_initialized():                   # ranks may wait long for one that draws or writes
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+        torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32, in the patch embedding too
+    if RANK:
+        sys.stdout = open(os.devnull, "w")          # one rank prints
+    if WORLD > 1 and not dist.is_initialized():     # ranks may wait long for one that writes
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 
-def agree(value):
+def broadcast(value):
     """Rank 0's plain value, on every rank."""
     box = [value]
     if WORLD > 1:
@@ -453,7 +1111,7 @@ def agree(value):
 
 @contextlib.contextmanager
 def rank_0_first():
-    """The other ranks do what stands below when rank 0 has done it, and then find what it downloaded."""
+    """The other ranks do what stands below after rank 0, and find what it downloaded."""
     if RANK and WORLD > 1:
         dist.barrier()
     yield
@@ -461,17 +1119,77 @@ def rank_0_first():
         dist.barrier()
 
 
+def load(dataset, numbers, workers, device):
+    """dataset[number] for each of the numbers, in order, prepared by worker processes.
+
+    Raises DataError for data that cannot be read, and where a worker was killed.
+    """
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=numbers,
+                                         num_workers=workers, pin_memory=device.type == "cuda",
+                                         worker_init_fn=ignore_signals)
+    try:
+        yield from loader
+    except DataError as error:                      # a worker's message is a traceback
+        raise DataError(str(error).rpartition("DataError: ")[2]) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()                           # they ignore what asks them to end
+        sys.unraisablehook = lambda unraisable: None             # the loader would complain again
+        if "open files" in str(error):
+            raise DataError("too many open files; raise the limit (ulimit -n), or give fewer "
+                            "--workers") from None
+        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+            raise DataError("a process that prepares batches was killed, as happens when memory is "
+                            "short; the same command goes on, or with fewer --workers") from None
+        raise
+
+
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM are for the run to answer, not for processes that prepare batches."""
+    sys.excepthook = lambda *error: None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Lines:
+    """Standard error where it is no terminal: each state of a progress bar is a line."""
+
+    @staticmethod
+    def write(text):
+        sys.stderr.write(text.replace("\r", "").strip() and text.replace("\r", "") + "\n")
+
+    @staticmethod
+    def flush():
+        sys.stderr.flush()
+
+
+def progress(**options):
+    """A bar on rank 0, where standard error is a terminal; elsewhere a line every minute."""
+    if not sys.stderr.isatty():
+        options = {"file": Lines, "mininterval": 60, "maxinterval": 60, **options}
+    return tqdm(disable=RANK != 0, dynamic_ncols=True, **options)
+
+
+def fast_precision(device):
+    """bf16 where the processor has units for it, else fp32: always the same on one machine."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    return "bf16" if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def matmul_rate(device, dtype, seconds=0.1):
-    """Matrix-product rate of this device, FLOP/s, as one measures it now: the yardstick of MFU."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, count = torch.randn(n, n, device=device, dtype=dtype), 0
-    for _ in range(2):
-        a @ a
+def matmul_rate(device, precision, seconds=0.1):
+    """Matrix-product rate of this device, FLOP/s, measured now: the yardstick of MFU."""
+    n, count = 8192 if device.type == "cuda" else 1024, 0
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
+    a @ a
     synchronize(device)
     start = time.perf_counter()
     while (took := time.perf_counter() - start) < seconds:
@@ -481,747 +1199,30 @@ def matmul_rate(device, dtype, seconds=0.1):
     return 2 * n**3 * count / took
 
 
-def fast_precision(device):
-    """bf16 where its matrix products are much faster than those of fp32, as on GPUs and on CPUs with bf16 units."""
-    return "bf16" if matmul_rate(device, torch.bfloat16) > 1.5 * matmul_rate(device, torch.float32) else "fp32"
-
-
-def free_memory(device):
-    """Bytes that this rank may still use."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(meminfo["MemAvailable"].split()[0]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max")
-        if limit.exists() and limit.read_text().strip() != "max":
-            used = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-            free = min(free, int(limit.read_text()) - int(used["anon"]))      # the page cache makes room when asked
-    except OSError:                                               # not Linux: half of what is built in
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def fitting_micro_batch(model, device, batch, precision):
-    """Largest equal share of this rank's batch whose activations fit beside the model's state, by their count.
-
-    Per token and block the backward pass keeps about 26 numbers per channel, at most 4 bytes each, and the attention map
-    where it is written out (with grad_checkpoint: that of one block, and what goes into each); per parameter there will be a
-    gradient, two moments and a half-precision copy.
-    """
-    tokens, width, depth = model.pos_embed.shape[1], model.pos_embed.shape[2], len(model.blocks)
-    number_bytes = 2.6 if precision == "bf16" else 4
-    attention = 3 * model.blocks[0].attn.num_heads * tokens if device.type == "cpu" else 0
-    inside = tokens * (26 * width + attention) * number_bytes                               # of one block
-    per_image = inside + 4 * tokens * width * depth if model.grad_checkpoint else inside * depth
-    state = 14 * sum(p.numel() for p in model.parameters())
-    fit = max(1, int((0.85 * free_memory(device) - state) / per_image))
-    return math.ceil(batch / math.ceil(batch / fit))
-
-
-def in_words(seconds):
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents: what the VAE makes of a folder of images, encoded once, and mapped into memory
-
-
-TO_DO, UNREADABLE = -1, -2                                        # in the place of a label
-
-
-class Latents:
-    """The posteriors of encoded images, in a folder that `encode` made; x_0 is drawn from them anew whenever it is asked for.
-
-    moments.npy   (N, 2, 8, h, h) float16: as it is and flipped; mean and standard deviation of 4 channels, scaled
-    labels.npy    (N,) int64, TO_DO or UNREADABLE where there is no posterior
-    latents.json  of which images and by which weights, and whether it is finished
-    """
-
-    endless, latent = False, True
-
-    def __init__(self, folder):
-        self.folder, self.note = Path(folder), read_note(folder)
-        if not self.note or not self.note["finished"]:
-            raise ValueError(f"no finished latents in {folder}; give the folder to encode: python train.py --data DIR --latents {folder}")
-        labels, size = open_array(self.folder / "labels.npy")[:], self.note["image_size"] // models.VAE.factor
-        expected = (self.note["images"], 2, 2 * models.VAE.channels, size, size)
-        if self.moments.shape != expected or self.moments.dtype != np.float16 or labels.shape != expected[:1]:
-            raise ValueError(f"{folder}/moments.npy is {self.moments.dtype} {self.moments.shape}, latents.json says float16 {expected}; encode again")
-        self.index = np.flatnonzero(labels != UNREADABLE)         # 8 bytes an image, and 8 for its label: all that is in memory
-        self.labels, self.classes = labels[self.index], self.note["classes"]
-        if not len(self.index) or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-            raise ValueError(f"{folder}/labels.npy has labels outside 0 to {len(self.classes) - 1}; encode again")
-
-    @functools.cached_property
-    def moments(self):
-        array = open_array(self.folder / "moments.npy")
-        array._mmap.madvise(mmap.MADV_RANDOM)                     # no reading ahead: the next image is somewhere else
-        return array
-
-    def __getstate__(self):                                       # for worker processes: they map the file themselves
-        return {name: value for name, value in self.__dict__.items() if name != "moments"}
-
-    def __len__(self):
-        return len(self.index)
-
-    def part(self, numbers):
-        """The same with only these images."""
-        part = copy.copy(self)
-        part.index, part.labels = self.index[numbers], self.labels[numbers]
-        return part
-
-    def images(self, indices, flip, noise):
-        """x_0 (n, 4, h, h) float32 of the posteriors, where noise (n, 4, h, h) is standard normal, and labels (n,)."""
-        indices = np.asarray(indices)
-        mean, std = torch.from_numpy(self.moments[self.index[indices], np.asarray(flip, np.int64)]).float().chunk(2, dim=1)
-        return torch.addcmul(mean, std, torch.from_numpy(noise)).numpy(), self.labels[indices]
-
-
-def open_array(path):
-    """An .npy file, mapped into memory to read; raises ValueError where it is none."""
-    try:
-        return np.lib.format.open_memmap(path, "r")
-    except OSError:
-        raise
-    except Exception as error:  # numpy raises a dozen kinds for damaged headers
-        raise ValueError(f"{path} is no readable .npy ({' '.join(str(error).split())[:80]}); encode again") from None
-
-
-def read_note(folder):
-    """What latents.json says, None where there is none; raises ValueError where it is damaged."""
-    path, kinds = Path(folder) / "latents.json", {"data": str, "image_size": int, "images": int, "names": str, "weights": str, "finished": bool}
-    if not path.exists():
-        return None
-    try:
-        note = json.loads(path.read_text())
-        valid = all(type(note[key]) is kind for key, kind in kinds.items()) and min(note["images"], note["image_size"]) > 0
-        valid = valid and all(type(name) is str for name in note["classes"]) and type(note["vae"]) in (str, type(None))
-    except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{path} is damaged; remove {folder}, and encode again")
-    return note
-
-
-def allocate(path, dtype, shape):
-    """An .npy file of zeros, which takes its space only as it is filled."""
-    try:
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def write_at(file, array, offset):
-    """Write an array's bytes at a place of an open file."""
-    left = memoryview(np.ascontiguousarray(array)).cast("B")
-    try:
-        while left:
-            written = os.pwrite(file.fileno(), left, offset)
-            left, offset = left[written:], offset + written
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, file.name) from None
-
-
-class Crops(torch.utils.data.Dataset):
-    """The images of one chunk, (n, 3, size, size) uint8, and {number in the chunk: UnreadableImage}, whose place is left black."""
-
-    chunk = 16                                                    # so many at a time, always the same ones: whoever encodes them gets the same
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getitem__(self, chunk):
-        numbers, images, bad = range(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.source))), [], {}
-        for i, number in enumerate(numbers):
-            try:
-                images.append(self.source.images([number], [False])[0][0])
-            except UnreadableImage as error:
-                bad[i] = error
-                images.append(np.zeros((3, self.source.image_size, self.source.image_size), np.uint8))
-        return torch.from_numpy(np.stack(images)), bad
-
-
-def encode(source, data, folder, vae, vae_name, device, skip_bad, workers):
-    """Encode the images of the ImageFolder `source` into `folder`, going on where that was begun; all ranks share the work.
-
-    A chunk's labels are written when its moments are on the disk, and the description is marked as finished when all are. An unreadable
-    image ends it, after the others of its chunk; with skip_bad it is left out, and listed in skipped.txt.
-    """
-    folder, N, side = Path(folder), len(source), source.image_size // models.VAE.factor
-    note = {"data": data, "image_size": source.image_size, "images": N, "names": source.fingerprint(data), "classes": source.classes,
-            "vae": vae_name, "weights": models.fingerprint(vae), "finished": False}
-    files = {"moments.npy": (np.float16, (N, 2, 2 * models.VAE.channels, side, side)), "labels.npy": (np.int64, (N,))}
-    lock(folder / ".lock", f"the latents in {folder}")
-    if RANK == 0:
-        try:
-            there = read_note(folder)
-        except ValueError as error:
-            stop(error)
-        for key, what in (("image_size", "images of size {}"), ("names", "other images, of {}"), ("weights", "latents of another VAE, {}")):
-            if there and there[key] != note[key]:
-                stop(f"{folder} holds {what.format(there[{'names': 'data', 'weights': 'vae'}.get(key, key)])}; give another --latents")
-        needed = N * (2 * 2 * models.VAE.channels * side * side * 2 + 8)
-        if not there:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, (dtype, shape) in files.items():
-                allocate(folder / name, dtype, shape)
-            with open(folder / "labels.npy", "r+b") as file:
-                write_at(file, np.full(N, TO_DO), open_array(folder / "labels.npy").offset)
-        taken = sum((folder / name).stat().st_blocks * 512 for name in files)
-        free = shutil.disk_usage(folder).free
-        print(f"encoding {N} images of {data} at {source.image_size}×{source.image_size}, and flipped, into {folder}: "
-              f"{needed / 1e9:.2f} GB, of which {taken / 1e9:.2f} are written", flush=True)
-        if needed - taken > free:
-            stop(f"{folder} needs {(needed - taken) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free; give --latents on another disk")
-        with replacing(folder / "latents.json") as file:
-            file.write(json.dumps(note, indent=1).encode())
-    agree(None)                                                   # all wait for the files
-    try:
-        labels = open_array(folder / "labels.npy")
-        chunks = np.arange(math.ceil(N / Crops.chunk))
-        todo = chunks[np.logical_or.reduceat(labels == TO_DO, chunks * Crops.chunk)]
-        offsets = [open_array(folder / name).offset for name in files]
-    except ValueError as error:
-        stop(error)
-    mine = agree(todo)[RANK::WORLD]
-    loader = torch.utils.data.DataLoader(Crops(source), batch_size=None, sampler=mine.tolist(), num_workers=workers,
-                                         worker_init_fn=ignore_signals)
-    vae.to(device)
-    with open(folder / "moments.npy", "r+b") as moments_file, open(folder / "labels.npy", "r+b") as labels_file, tqdm(
-            total=sum(min(Crops.chunk, N - chunk * Crops.chunk) for chunk in mine), unit="image", disable=RANK != 0, dynamic_ncols=True,
-            desc=f"encoding, rank 0 of {WORLD}" if WORLD > 1 else "encoding") as bar:
-        for chunk, (images, bad) in zip(mine, loader):
-            images, first = to_float(images.to(device)), int(chunk) * Crops.chunk
-            moments = torch.stack([torch.cat(vae.encode(flipped), 1) for flipped in (images, images.flip(3))], 1).half().cpu().numpy()
-            found = np.array(source.labels[first:first + len(images)], np.int64)
-            for i in bad:
-                found[i] = UNREADABLE if skip_bad else TO_DO
-            write_at(moments_file, moments, offsets[0] + first * moments[0].nbytes)
-            os.fdatasync(moments_file.fileno())                   # before it is said to be there
-            write_at(labels_file, found, offsets[1] + first * 8)
-            if bad and not skip_bad:
-                stop(f"{str(bad[min(bad)]).removesuffix('; mend or remove it')}; mend it, or give --skip-bad to go on without such images; "
-                     "what is encoded is kept", everywhere=True)
-            bar.update(len(images))
-    if WORLD > 1:
-        dist.barrier()
-    if RANK == 0:
-        skipped = [source.files[i] for i in np.flatnonzero(open_array(folder / "labels.npy")[:] == UNREADABLE)]
-        if len(skipped) == N:
-            stop(f"none of the {N} images of {data} can be read; see {source.files[0]}")
-        if skipped:
-            print(f"{len(skipped)} unreadable images are left out, listed in {folder}/skipped.txt: {', '.join(skipped[:3])}{', …' if skipped[3:] else ''}")
-            with replacing(folder / "skipped.txt") as file:
-                file.writelines(f"{name}\n".encode(errors="surrogateescape") for name in skipped)
-        for name in files:
-            with open(folder / name, "rb") as file:
-                os.fsync(file.fileno())
-        with replacing(folder / "latents.json") as file:
-            file.write(json.dumps({**note, "finished": True}, indent=1).encode())
-    agree(None)
-
-
-def open_latents(s, given, device):
-    """The latents in s["latents"], encoded first where they are not complete; fills in data, image size and VAE where they tell them."""
-    folder = s["latents"]
-    try:
-        note = agree(read_note(folder) if RANK == 0 else None)
-        if note and note["finished"]:
-            if "image_size" in given and given["image_size"] != note["image_size"]:
-                stop(f"{folder} holds latents of {note['image_size']}×{note['image_size']} images, not {given['image_size']}; give another --latents")
-            if "data" in given and ImageFolder(given["data"], note["image_size"]).fingerprint(given["data"]) != note["names"]:
-                stop(f"{folder} holds latents of other images, of {note['data']}; give another --latents, or leave out --data")
-            if given.get("vae", note["vae"]) != note["vae"] and models.fingerprint(models.load_vae(given["vae"])) != note["weights"]:
-                stop(f"{folder} holds latents of another VAE, {note['vae']}; give another --latents, or leave out --vae")
-        else:
-            if is_drawn(s["data"]):
-                stop(f"no finished latents in {folder}; give the --data to encode")
-            if s["image_size"] % models.VAE.factor:
-                stop(f"--image-size {s['image_size']} is not a multiple of {models.VAE.factor}, as the VAE needs; give one that is")
-            with rank_0_first():
-                vae = models.load_vae(s.get("vae"))
-            workers = s.get("workers", WORKERS)
-            encode(ImageFolder(s["data"], s["image_size"]), s["data"], folder, vae, s.get("vae"), device, s.get("skip_bad", False), workers)
-        latents = Latents(folder)
-    except ValueError as error:
-        stop(error)
-    s |= {"data": latents.note["data"], "image_size": latents.note["image_size"], "vae": s.get("vae", latents.note["vae"]),
-          "encoding": f"{latents.note['names']}-{latents.note['weights']}-{len(latents)}"}
-    return latents
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-FAMILIES = {"DiT": "vp", "SiT": "linear"}                         # the interpolant that each was published with
-PATHS = {"linear": diffusion.Linear, "vp": diffusion.VP}
-
-
-def arguments():
-    parser = Arguments(__doc__)
-    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--model", choices=models.MODELS, metavar="NAME", help="DiT-* or SiT-*, Ti S B L XL, /2 /4 /8 (default: SiT-Ti/2)")
-    add("--data", metavar="DIR", help="folder of images, or shapes (default), or some of these, shapes:star,cross")
-    add("--image-size", type=number(int, 4), metavar="N",
-        help="height and width; from 256 on in latents (default: of --init or --latents, 256 in latents, 16 for Ti on shapes, else 32)")
-    add("--latents", metavar="DIR", help="train in latents, kept there; encodes --data first (default: runs/latents-<data>-<size>)")
-    add("--vae", metavar="FILE", help="weights of Stable Diffusion's VAE, if they cannot be downloaded")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
-    add("--init", metavar="CKPT", help=f"start from weights: a checkpoint, or the published {', '.join(models.PUBLISHED)}")
-    add("--train-only", choices=("null",), help="null: only the null noise embedding, the rest stays as --init has it")
-    add("--interpolant", choices=PATHS, help="default: vp for DiT, linear for SiT")
-    add("--noise-drop", type=number(float, 0, 1), metavar="P", help="how often the level is hidden, for NAG (default: 0.1)")
-    add("--class-drop", type=number(float, 0, 1), metavar="P", help="how often the class is hidden, for CFG (default: 0.1)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 1), default=argparse.SUPPRESS, metavar="N",
-                        help=f"default: {DEFAULTS['Ti']['steps']} for Ti, with --init {FINE_TUNING['Ti']['steps']}; else {DEFAULTS['']['steps']}")
-    length.add_argument("--epochs", type=number(float, 1e-6), default=argparse.SUPPRESS, metavar="N", help="passes over a folder (default: 10 with --init)")
-    add("--batch", type=number(int, 1), metavar="N", help="images per step, of all ranks together (default: 32 for Ti, else 256)")
-    add("--micro-batch", type=number(int, 1), metavar="N", help="images per pass of a rank (default: what fits in memory)")
-    add("--lr", type=number(float, 0), help="of AdamW (default: 6e-3 for Ti, with --init 1.5e-3; else 1e-4)")
-    add("--warmup", type=number(int, 0), metavar="N", help="steps in which the rate rises to --lr, to fall as sqrt(N/step) after; "
-        "0: constant (default: 300 for Ti, with --init 40; else 0)")
-    add("--ema", type=number(float, 0, 1), metavar="DECAY", help="of the averaged weights (default: 0.9999)")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
-    add("--out", metavar="DIR", help="default: runs/<data>-<model>, with --init of a run runs/<run>[-on-<data>]-tuned")
-    add("--workers", type=number(int, 0), metavar="N", help="processes that prepare batches (default: 0 on a CPU with shapes, else up to 4)")
-    add("--ckpt-every", type=number(int, 1), metavar="STEPS", help="checkpoint and samples (default: 1000 for Ti, else 5000)")
-    add("--keep", type=number(int, 0), metavar="N", help="checkpoints kept, 0 for all (default: 3)")
-    add("--precision", choices=("fp32", "bf16"), help="of the matrix products (default: bf16 where that is faster)")
-    add("--grad-checkpoint", action="store_true", help="keep no activations inside the blocks, compute them again: less memory, a quarter slower")
-    add("--benchmark", action="store_true", help="measure speed and memory of --model (default: DiT-XL/2) on latents of --image-size; one line of JSON")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
-    return vars(parser.parse_args())
-
-
-DEFAULTS = {
-    "Ti": dict(steps=4000, batch=32, lr=6e-3, warmup=300, ckpt_every=1000),
-    "": dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000),
-}
-FINE_TUNING = {"Ti": dict(steps=400, lr=1.5e-3, warmup=40)}        # beside these, where --init is given
-FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr", "warmup", "ema", "seed", "precision",
-         "init", "train_only", "classes", "images", "encoding")   # what may not change while a run lasts
-
-
-def share(batch):
-    """A rank's part of a batch."""
-    if batch % WORLD:
-        stop(f"a batch of {batch} cannot be shared by {WORLD} ranks; give a --batch that {WORLD} divides")
-    return batch // WORLD
-
-
-def compiles(device):
-    """Whether torch.compile is used where nothing is said."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def resolve(given, out, saved, init, device):
-    """Every setting of the run: as given, else as in its checkpoint (`saved`), else as in that of --init, else by default; and the data."""
-    of_init = {name: init[name] for name in ("model", "interpolant", "learn_sigma") if init}
-    s = {"model": "SiT-Ti/2", "data": "shapes", "noise_drop": 0.1, "class_drop": 0.1, "ema": 0.9999, "seed": 0, "keep": 3,
-         "learn_sigma": True, **of_init, **saved, **given}
-    family, size = s["model"].split("/")[0].split("-")
-    s = {**DEFAULTS.get(size, DEFAULTS[""]), **(FINE_TUNING.get(size, {}) if "init" in s else {}), "interpolant": FAMILIES[family], **s}
-    if s.get("train_only") == "null":
-        if "init" not in s or given.get("noise_drop", 1) != 1:
-            stop("--train-only null hides every level from a trained model; " +
-                 ("leave out --noise-drop" if "init" in s else "give one with --init"))
-        s["noise_drop"] = 1.0
-    s["compile"] = given.get("compile", compiles(device))
-    if "precision" not in s:
-        s["precision"] = agree(fast_precision(device))
-
-    for name in FIXED:
-        if saved and name in given and given[name] != saved.get(name):
-            option = f"--{name.replace('_', '-')}"
-            before = f"with {option} {saved[name]}" if name in saved else f"without {option}"
-            stop(f"{out} was started {before}, not {given[name]}; give another --out")
-    share(s["batch"])
-
-    # In pixels, or in latents?
-    in_latents = bool(init and init["in_channels"] == models.VAE.channels or "latents" in s or "vae" in s)
-    drawn = is_drawn(s["data"]) and "latents" not in s
-    if "image_size" not in s:
-        s["image_size"] = init["image_size"] if init else 256 if in_latents else 16 if size == "Ti" and drawn else 32
-    if in_latents and drawn:
-        stop("shapes are trained in pixels; give the --data to encode, or a folder of --latents")
-    in_latents = in_latents or not drawn and s["image_size"] >= 256
-    kind = lambda pixels, latent: f"{pixels}×{pixels} {'images in latents' if latent else 'pixels'}"
-    asked, has = kind(s["image_size"], in_latents), init and kind(init["image_size"], init["in_channels"] == models.VAE.channels)
-    if init and has != asked:
-        stop(f"{s['init']} is a model of {has}, not of {asked}; give --image-size {init['image_size']}, or other data")
-    if in_latents:
-        s.setdefault("latents", f"runs/latents-{Path(s['data']).name}-{s['image_size']}")
-        data = open_latents(s, given, device)
-        s |= {"input_size": s["image_size"] // models.VAE.factor, "in_channels": models.VAE.channels}
-    else:
-        data = open_data(s["data"], s["image_size"], s["seed"])
-        s |= {"input_size": s["image_size"], "in_channels": 3}
-    s |= {"classes": data.classes, "num_classes": len(data.classes), "images": None if data.endless else len(data)}
-    for name in ("classes", "images", "encoding"):
-        if name in saved and s[name] != saved[name]:
-            stop(f"the {name} of {s['data']} changed since {out} was started; give another --out")
-
-    s.setdefault("workers", 0 if data.endless and device.type == "cpu" else WORKERS)
-    if "init" in s and not data.endless and not {"steps", "epochs"} & (saved.keys() | given.keys()):
-        s["epochs"] = 10
-    if "epochs" in s:
-        if data.endless:
-            stop("shapes are endless and have no epochs; use --steps")
-        s["steps"] = math.ceil(s.pop("epochs") * len(data) / s["batch"])
-    s.pop("skip_bad", None)
-    return s, data
-
-
-def sample_grid(ema, path, s, device, autocast, vae):
-    """EMA samples of the first classes from fixed noise, without guidance: a picture to watch the model learn."""
-    y = torch.arange(32, device=device) % min(8, s["num_classes"])
-    noise = SampleNoise(s["seed"], range(32))
-    noise.classes([0])
-    start = noise(torch.empty(32, s["in_channels"], s["input_size"], s["input_size"], device=device))
-    sampler = diffusion.sample_ddpm if s["interpolant"] == "vp" else diffusion.sample_sde
-    with autocast:
-        images = sampler(diffusion.guided(ema.eval(), path, y), start, path, steps=50, randn=noise)
-    images = vae.decode(images) if vae else images
-    return picture({"": to_uint8(images).cpu()})
-
-
-class Trainer:
-    """A model, its average and its optimiser on this rank, and the step that moves all three."""
-
-    def __init__(self, model, s, device):
-        self.s, self.device, self.share = s, device, share(s["batch"])
-        self.dtype = torch.bfloat16 if s["precision"] == "bf16" else torch.float32
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-        if device.type == "cuda":                                 # what bf16 leaves in fp32 is TF32; with --precision fp32, fp32
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.dtype == torch.bfloat16
-        self.path = PATHS[s["interpolant"]]().to(device)
-        self.model = model.to(device)
-        self.model.grad_checkpoint = s.get("grad_checkpoint", False)
-        if s.get("train_only") == "null":
-            model.requires_grad_(False)
-            model.t_embedder.null_embedding.requires_grad_(True)
-        self.ema = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=s["lr"], weight_decay=0, fused=True)
-        s["micro_batch"] = min(self.share, s.get("micro_batch") or agree(fitting_micro_batch(model, device, self.share, s["precision"])))
-        self.network = torch.compile(model) if s["compile"] else model
-        if WORLD > 1:
-            self.network = DistributedDataParallel(self.network, gradient_as_bucket_view=True, static_graph=s["micro_batch"] == self.share)
-            self.network.broadcast_buffers = False                # the position table never changes
-        self.work = 3 * model.flops()                             # per image: the backward pass costs two forward passes
-
-    def step(self, batch, number, interrupted=lambda: False):
-        """Step `number` (from 1) with this rank's part of a batch: (2,), its mean loss, and 1 where the step was skipped; None where it was interrupted.
-
-        The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange them during the last. A loss or
-        gradient that is not finite, on any rank, leaves weights, moments and average as they were. Nothing here waits for the device.
-        """
-        s, (images, y, t, eps, drop_noise) = self.s, (part.to(self.device, non_blocking=True) for part in batch)
-        loss_sum = torch.zeros((), device=self.device)
-        parts = [part.split(s["micro_batch"]) for part in (to_float(images), y, t, eps, drop_noise)]
-        for i, part in enumerate(zip(*parts)):
-            if interrupted():
-                return None                                       # the step that was begun is left undone
-            last = i == len(parts[0]) - 1
-            with contextlib.nullcontext() if WORLD == 1 or last else self.network.no_sync():
-                with self.autocast:
-                    loss = diffusion.training_loss(self.network, self.path, *part).sum() / self.share
-                loss.backward()
-            loss_sum += loss.detach()
-        if s["warmup"]:
-            for group in self.optimizer.param_groups:
-                group["lr"] = s["lr"] * min(number / s["warmup"], math.sqrt(s["warmup"] / number))
-        with torch.no_grad():
-            norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            skipped = 1 - (torch.stack(norms).sum() + loss_sum).isfinite().float()
-            if WORLD > 1:
-                dist.all_reduce(skipped, dist.ReduceOp.MAX)
-            self.optimizer.found_inf, self.optimizer.grad_scale = skipped, None          # the fused AdamW reads this on the device
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            weight = (1 - min(s["ema"], number / (number + 9))) * (1 - skipped)          # the average starts short: of 10 % of the run so far
-            average = list(self.ema.parameters())
-            torch._foreach_lerp_(average, list(self.model.parameters()), [weight] * len(average))
-        return torch.stack([loss_sum, skipped])
-
-
-def synthetic(name, image_size=None):
-    """A model for --benchmark, with random weights, none of them zero (zeros take a GPU less power, and so less time); and its defaults."""
-    family, size = name.split("/")[0].split("-")
-    image_size = image_size or (16 if size == "Ti" else 256)
-    factor, channels = (models.VAE.factor, models.VAE.channels) if image_size >= 256 else (1, 3)
-    try:
-        model = models.MODELS[name](input_size=image_size // factor, in_channels=channels, num_classes=1000)
-    except ValueError as error:
-        stop(error)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model, {"model": name, "image_size": image_size, "interpolant": FAMILIES[family], **DEFAULTS.get(size, DEFAULTS[""])}
-
-
-def benchmark(given, device):
-    """Training steps on a batch that is there already, of the shape of latents (Ti: of shapes); one line of JSON."""
-    model, defaults = synthetic(given.get("model", "DiT-XL/2"), given.get("image_size"))
-    s = {"ema": 0.9999, **defaults, "compile": compiles(device), **given}
-    s["precision"] = s.get("precision") or agree(fast_precision(device))
-    trainer, B, rng = Trainer(model, s, device), share(s["batch"]), torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, B, model.in_channels, model.input_size, model.input_size, generator=rng)
-    batch = [x0, torch.randint(0, 1000, (B,), generator=rng), (1 + torch.randint(0, 1000, (B,), generator=rng)) / 1000, eps, torch.rand(B, generator=rng) < 0.1]
-    batch = [part.pin_memory() for part in batch] if device.type == "cuda" else batch
-    measured = timed(lambda number: trainer.step(batch, number), s["batch"], trainer.work, device, trainer.dtype)
-    if RANK == 0:
-        print(json.dumps({"model": s["model"], "batch": s["batch"], "precision": s["precision"], "compile": s["compile"], "micro_batch": s["micro_batch"],
-                          "grad_checkpoint": s.get("grad_checkpoint", False), "ranks": WORLD, **measured}))
-
-
-def timed(step, images, work, device, dtype, seconds=5):
-    """What --benchmark reports of step(number), which takes `images` of `work` FLOP each, on all ranks together."""
-    for number in range(1, 4):                                    # compiling, and memory that is taken for the first time
-        step(number)
-    rate, count = matmul_rate(device, dtype, 0.5), 0
-    synchronize(device)
-    start = time.perf_counter()
-    while count < 3 or agree(time.perf_counter() - start < seconds):
-        step(4 + count)
-        count += 1
-        if count == 3 or count % 20 == 0:
+def benchmark(calls, args, device, seconds=20):
+    """Time calls, {name: (call of a batch, FLOP per image)}, in turns; medians, ready for JSON."""
+    times, rates, start = {name: [] for name in calls}, [], time.perf_counter()
+    while len(rates) < 5 or broadcast(time.perf_counter() - start < seconds):
+        rates.append(matmul_rate(device, args.precision, 0.2))
+        for name, (call, _) in calls.items():
             synchronize(device)
-    synchronize(device)
-    took = time.perf_counter() - start
-    rate = WORLD * (rate + matmul_rate(device, dtype, 0.5)) / 2     # the yardstick, before and after
-    return {"device": device_name(device), "images_per_s": round(count * images / took, 2), "flops_per_image": work,
-            "flops": round(count * images * work / took), "matmul_flops": round(rate), "mfu": round(count * images * work / took / rate, 4),
-            "peak_memory_gb": peak_memory(device)}
-
-
-def device_name(device):
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device):
-    """The most that this rank has used, in GB: of the GPU's memory, or of the machine's."""
+            begun = time.perf_counter()
+            call()
+            synchronize(device)
+            times[name].append(time.perf_counter() - begun)
+    rate, rows = WORLD * np.median(rates), {}
+    for name, (_, flops) in calls.items():
+        speed = args.batch / np.median(times[name][2:])          # the first two compile
+        rows[name] = {"images_per_s": round(speed, 3), "flops_per_image": flops,
+                      "mfu": round(speed * flops / rate, 4)}
     if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
-    elif Path("/proc/self/status").exists():                      # ru_maxrss would count what stood in the process's place before it
-        used = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(used / 1e9, 3)
-
-
-def last_good(out):
-    """The newest checkpoint of a run that is whole, None where none was written. Damaged ones are reported and renamed; nothing else is lost."""
-    damaged = []
-    for path in reversed(checkpoints(out)):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if wrong := archive.testzip():                    # reads it all: a flipped bit is not to be trained on
-                    raise ValueError(f"{path} is damaged ({wrong})")
-            checkpoint = models.load_file(path)
-            missing = {"model", "ema", "opt", "step", "settings"} - checkpoint.keys()
-            if missing or type(checkpoint["step"]) is not int or not isinstance(checkpoint["settings"], dict):
-                raise ValueError(f"{path} is no checkpoint of train.py{f': it lacks {sorted(missing)}' if missing else ''}")
-        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            damaged.append((path, error))
-            continue
-        for bad, error in damaged:
-            print(f"{bad} is damaged ({error}) and now named .damaged; going on from {path}", flush=True)
-            bad.rename(bad.with_suffix(".pt.damaged"))
-        return path
-    if damaged:
-        stop(f"cannot go on from {damaged[0][0]}: {damaged[0][1]}; remove it, or give another --out")
-
-
-def main():
-    given = arguments()
-    for name in {"data", "latents"} & given.keys():
-        given[name] = os.path.normpath(given[name])               # photos/ is photos
-    model_name = given.get("model") or {name: model for name, (model, _) in models.PUBLISHED.items()}.get(given.get("init"), "SiT-Ti/2")
-    data_name = Path(given.get("data") or given.get("latents", "shapes")).name
-    name = f"{data_name}-{model_name.replace('/', '-')}"
-    if "init" in given:
-        origin = Path(given["init"])
-        if origin.parent.name == "checkpoints":                   # of a run
-            origin = origin.parent.parent
-        if given["init"] not in models.PUBLISHED and "model" not in given:
-            name = origin.name.removesuffix(".pt") + (f"-on-{data_name}" if {"data", "latents"} & given.keys() else "")
-        name += "-tuned"
-    out = Path(given.pop("out", f"runs/{name}"))
-    device = join_ranks()
-    if given.pop("benchmark", False):
-        return benchmark(given, device)
-
-    # What to do: the command's settings, and the state of the run where one was begun
-    if out.exists():
-        lock(out / ".lock", out)
-    saved = agree(last_good(out) if RANK == 0 else None)
-    checkpoint = models.load_file(saved) if saved else {"settings": {}, "step": 0}
-    start, s = checkpoint["step"], dict(checkpoint["settings"])
-    init, of_init = None, None
-    if "init" in given and not start:
-        source = given["init"]
-        if f"{source}-{given.get('image_size')}" in models.PUBLISHED:
-            source = f"{source}-{given['image_size']}"            # DiT-XL/2 at 512×512
-        try:
-            if Path(source).is_dir():
-                source = str(checkpoints(source)[-1])
-            with rank_0_first():
-                init, of_init = models.from_checkpoint(source, given.get("model"))
-        except (ValueError, IndexError) as error:
-            stop(error if isinstance(error, ValueError) else f"no checkpoints in {source}/checkpoints; give --init another")
-    s, data = resolve(given, out, s, of_init, device)
-    if start >= s["steps"]:
-        if RANK == 0:
-            print(f"{out} is finished: it stands at step {start}, and {s['steps']} are asked for"
-                  f"{'' if {'steps', 'epochs'} & given.keys() else ', as when it was started'}; a larger --steps goes on")
-        return
-
-    # The network, its average, and the optimiser
-    torch.manual_seed(s["seed"])
-    try:
-        model = models.MODELS[s["model"]](**{k: s[k] for k in ("input_size", "in_channels", "num_classes", "learn_sigma")})
-    except ValueError as error:
-        stop(error)
-    if init:
-        weights, table = init.state_dict(), "y_embedder.embedding_table.weight"
-        names = of_init["classes"] if not of_init["classes"][0].isdecimal() else s["classes"]       # numbers stand for any names
-        if (s["num_classes"], names) != (of_init["num_classes"], s["classes"]):
-            weights[table] = model.state_dict()[table]
-            if RANK == 0:
-                print(f"{s['init']} knows {of_init['num_classes']} other classes than the {s['num_classes']} of {s['data']}: the label table starts anew")
-        try:
-            models.load_weights(model, weights, s["init"])
-        except ValueError as error:
-            stop(error)
-        del init, weights
-    trainer = Trainer(model, s, device)
-    ema, optimizer, work = trainer.ema, trainer.optimizer, trainer.work
-    if start:
-        try:
-            models.load_weights(model, checkpoint["model"], saved)
-            models.load_weights(ema, checkpoint["ema"], saved)
-            optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))      # a copy in memory: the file is mapped
-        except (ValueError, KeyError) as error:
-            stop(error)
-    del checkpoint
-    loader = torch.utils.data.DataLoader(
-        Batches(data, s), batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-
-    rate = WORLD * matmul_rate(device, trainer.dtype)
-    usual = 0.5 if device.type == "cuda" else 0.28                # of that rate is what one reaches: only for the estimates
-    if RANK == 0:
-        expected = in_words((s["steps"] - start) * s["batch"] * work / (usual * rate))
-        print(f"{s['model']} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {s['interpolant']}) on "
-              f"{s['data']} {s['image_size']}×{s['image_size']}: {s['steps'] - start} steps of {s['batch']} images "
-              f"({s['micro_batch']} at a time) in {s['precision']} on {WORLD} {device.type}, about {expected}; writes {out}",
-              flush=True)
-
-    # Ctrl-C and SIGTERM only leave a note, which the ranks share between two passes, to stop at the same one
-    signals = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: signals.append(number))
-
-    def interrupted():
-        noted = torch.tensor(len(signals))
-        if WORLD > 1:
-            dist.all_reduce(noted)
-        return noted.item() > 0
-
-    def still_there(step):
-        if not (out / ".lock").exists():
-            stop(f"{out} is gone, and with it the checkpoints; stopped at step {step}")
-
-    def save(step):
-        if RANK == 0:
-            still_there(step)
-            save_file({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                       "step": step, "settings": s}, out / "checkpoints" / f"{step:07}.pt")
-            for old in checkpoints(out)[:-s["keep"]] if s["keep"] else ():
-                old.unlink()
-
-    def draw(step):
-        if RANK == 0:
-            try:
-                vae = models.load_vae(s["vae"]).to(device) if data.latent else None
-            except ValueError as error:
-                return bar.write(f"no samples at step {step}: {error}")
-            grid = sample_grid(ema, trainer.path, s, device, trainer.autocast, vae)
-            still_there(step)
-            with replacing(out / "samples" / f"{step:07}.png") as file:
-                grid.save(file, "png")
-
-    log = None
-    lock(out / ".lock", out)
-    if RANK == 0:                                                 # the log up to where we stand; the rest is repeated
-        for leftover in (*out.glob("*/.*.tmp"), *out.glob(".*.tmp")):
-            leftover.unlink()                                     # of a writer that was killed
-        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() and start else []
-        with replacing(out / "log.jsonl") as file:
-            file.writelines(f"{line}\n".encode() for line in lines[:start])
-        log = open(out / "log.jsonl", "a")
-
-    in_a_row = 0
-    bar = tqdm(total=s["steps"], initial=start, disable=RANK != 0, unit="step", dynamic_ncols=True, smoothing=0.05)
-    losses, since, step = [], time.perf_counter(), start
-    decoding = models.VAE.decode_flops * s["image_size"]**2 if data.latent else 0
-    grid_takes = 32 * (50 * model.flops() + decoding) / (usual * rate / WORLD)              # in seconds
-    last_grid = time.perf_counter()
-    for batch in loader:
-        if isinstance(batch, UnreadableImage):
-            stop(batch, everywhere=True)
-        loss = trainer.step(batch, step + 1, interrupted)
-        stopping = loss is None
-        if not stopping:
-            step += 1
-            losses.append(loss)
-            bar.update()
-
-        saving = stopping or step == s["steps"] or step % s["ckpt_every"] == 0
-        if losses and (saving or step % 10 == 0):                 # the only look at the losses
-            values = torch.stack(losses)
-            if WORLD > 1:
-                dist.all_reduce(values)
-            values = (values / WORLD).tolist()
-            took, since = time.perf_counter() - since, time.perf_counter()
-            speed, good = s["batch"] * len(values) / took, [loss for loss, skipped in values if not skipped]
-            bar.set_postfix_str(f"loss {sum(good) / len(good) if good else math.nan:.4f}, {speed:.0f} images/s, MFU {speed * work / rate:.0%}")
-            for number, (loss, skipped) in enumerate(values, step - len(values) + 1):
-                in_a_row = in_a_row + 1 if skipped else 0
-                if log:
-                    log.write(json.dumps({"step": number, "loss": None if skipped else loss, "images_per_s": round(speed, 1),
-                                          **({"skipped": True} if skipped else {})}) + "\n")
-                if skipped and RANK == 0:
-                    bar.write(f"step {number} was skipped: its loss or gradient is not finite")
-                if in_a_row == 10:
-                    kept = checkpoints(out)
-                    stop(f"ten steps in a row up to {number} had no finite loss or gradient; the last good checkpoint is {kept[-1] if kept else 'none'}; "
-                         "start anew with a lower --lr and another --out")
-            if log:
-                log.flush()
-            losses = []
-        if saving and step > start:
-            save(step)
-            if not stopping and grid_takes < max(20, time.perf_counter() - last_grid):
-                draw(step)
-                last_grid = time.perf_counter()
-            elif not stopping and RANK == 0:
-                bar.write(f"no samples at step {step}: they would take {in_words(grid_takes)}, longer than the training since the last")
-            since = time.perf_counter()
-        if stopping:
-            break
-    bar.close()
-    if RANK == 0:
-        print(f"stopped at step {step}; the same command goes on" if stopping else
-              f"finished: {out}/checkpoints/{step:07}.pt; now: python sample.py{' --w-nag 3' if s['noise_drop'] else ''} --ckpt {out}")
-    if stopping:
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])          # as a shell knows it, so that && does not go on
+        name = f"cpu, {torch.get_num_threads()} threads"
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"model": args.model, "device": name, "ranks": WORLD, "batch": args.batch,
+            "precision": args.precision, "compile": args.compile, "matmul_flops": round(rate),
+            "peak_memory_gb": round(peak / 1e9, 3), **rows}
 
 
 if __name__ == "__main__":

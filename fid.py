@@ -28,6 +28,8 @@ import sys
 import zipfile
 from collections import OrderedDict
 
+import train                      # before torch is loaded: it sets how its threads wait
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,7 +37,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-import train
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -291,8 +292,9 @@ MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}       # thei
 class Side:
     """Drawn shapes, a folder of images, or an .npz of images, statistics of features, or both.
 
-    It has `num` images of `size` (height, width), and statistics of the features of `network`; what
-    is None is not known. `number` stands for it on all ranks. Raises ValueError for damaged files.
+    It has `num` images of `size` (height, width), and what is known of the features of `network`.
+    `number` is its place among the sides, by which rank 0 names it to the other ranks. Raises
+    ValueError for damaged files.
     """
 
     def __init__(self, name, number, args):
@@ -302,7 +304,7 @@ class Side:
         self.drawn = train.is_drawn(name)
         self.archive = not self.drawn and not os.path.isdir(name)
         if self.drawn:
-            seed = 1 if number < len(args.samples) else 0         # the reference holds others
+            seed = 1 if number < len(args.samples) else 0         # so that the two sides differ
             self.data, self.num = train.Shapes(16, seed, name), args.num or 10_000
         elif self.archive:
             self.open_archive()
@@ -319,7 +321,7 @@ class Side:
             if "pool" in found:
                 pool = torch.as_tensor(found["pool"][:self.args.num], dtype=torch.float32)
                 if pool.ndim != 2 or not pool.isfinite().all():
-                    raise ValueError("pool is no (N, D) of finite numbers")
+                    raise ValueError("pool does not hold finite features (N, D)")
                 self.known_features["pool"] = pool
             if self.known_moments or self.known_features:
                 self.network = str(found["network"]) if "network" in found else "inception"
@@ -380,7 +382,7 @@ class Side:
         """Batch `number` of shapes, or from a folder, uint8 (n, 3, H, W): what train.load reads."""
         rows = range(number * self.args.batch, min((number + 1) * self.args.batch, self.num))
         if self.drawn:
-            self.data.image_size = self.size[0]
+            self.data.image_size = self.size[0]                   # as choose_network() set it
             return torch.from_numpy(self.data.images([self.data.held_out + i for i in rows])[0])
         images = []
         for file in self.files[rows.start:rows.stop]:
@@ -400,7 +402,8 @@ def naming(path, kind=ValueError):
     try:
         yield
     except Exception as error:  # for damaged files zipfile, zlib and numpy raise a dozen kinds
-        raise kind(f"{path}: {str(error)[:200] or type(error).__name__}") from None
+        first_sentence = str(error).split(". ")[0] or type(error).__name__
+        raise kind(f"{path}: {first_sentence[:200]}") from None
 
 
 def open_images(archive):
@@ -408,10 +411,9 @@ def open_images(archive):
     file = archive.open("arr_0.npy")
     np.lib.format.read_magic(file)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise ValueError("arr_0 holds pickled objects, which are not opened; save plain arrays")
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-        raise ValueError(f"arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3), in C order")
+        raise ValueError(f"arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3) in C order, not "
+                         "pickled objects")
     if archive.getinfo("arr_0.npy").file_size < math.prod(shape):
         raise ValueError(f"arr_0 claims {shape}, and the file holds less; make it again")
     return file, shape
@@ -452,7 +454,7 @@ def arguments():
         help="an .npz of images or statistics, a folder of images, or shapes; several make a table")
     add("reference", metavar="REFERENCE", type=train.place, help="the same")
     add("--features", choices=NETWORKS, help="default: random for shapes and below 64×64")
-    add("--metrics", nargs="+", choices=METRICS, metavar="M", help="default: all that there is")
+    add("--metrics", nargs="+", choices=METRICS, help="default: all that the two sides allow")
     add("--num", "--num-samples", type=train.number(int, 2), help="only the first of each side")
     add("--crop", type=train.number(int, 4), metavar="N", help="crop images in folders to N×N")
     add("--batch", type=train.number(int, 1), default=64, help="images at a time (default: 64)")
@@ -463,6 +465,7 @@ def arguments():
 
 
 def save_statistics(side, path):
+    """Write what can be known of a side, for a later run to read as its REFERENCE."""
     kept = {"network": side.network, "size": side.size or ()}
     for kind, names in MOMENTS.items():
         with contextlib.suppress(Missing):

@@ -41,7 +41,7 @@ def sampling_arguments(add, several_weights=False):
     add("--model", choices=models.MODELS, metavar="NAME",
         help="for a checkpoint of DiT's or SiT's own code that does not say what it holds")
     weights = dict(nargs="+", default=[0.0]) if several_weights else dict(default=0.0)
-    add("--w-nag", type=weight, metavar="W", **weights, help="weight of NAG, neutral at 0 (default)")
+    add("--w-nag", type=weight, metavar="W", **weights, help="weight of NAG (default: 0, neutral)")
     add("--nag-interval", **level, help="levels t at which NAG acts (default: 0.1 0.6 on shapes, "
         "else 0 1)")
     add("--cfg-scale", type=weight, default=1.0, metavar="S", help="of CFG, neutral at 1 (default)")

@@ -2,10 +2,10 @@
 
     python -m pytest test_nag.py        # SLOW=1 before it: also the long ones; -k guid: some of it
 
-In this order: the method; the scripts as a user runs them, and that results can be reproduced; the
-formats of files; what a user does wrong; the README; what takes long.
+In this order: the method, reproducibility, formats, what a user does wrong, the README, long ones.
 """
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -71,6 +71,7 @@ def tiny(model=functools.partial(models.DiT, patch_size=2, hidden_size=32, depth
 # AutoencoderKL, torch-fidelity's Inception, pytorch-fid, prdc), and the published keys and shapes.
 
 GOLDEN = dict(np.load(HERE / "assets/golden.npz"))
+inception = lambda: fill(fid.InceptionV3())                 # with weights that were never trained
 
 
 def normal(name, *shape):
@@ -115,7 +116,7 @@ def our_numbers(name):
         return [part / 0.18215 for part in posterior]
     if name == "inception":
         pixels = (normal("pixels", 4, 3, 64, 64) * 64 + 128).clamp(0, 255).to(torch.uint8)
-        return [fill(fid.InceptionV3())(pixels)[0]]
+        return [inception()(pixels)[0]]
     real, fake = normal("real", 1500, 64).double(), normal("fake", 1200, 64).double() * 0.9 + 0.15
     moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
     return fid.frechet_distance(*moments), *fid.precision_recall(real, fake, k=3)
@@ -336,6 +337,19 @@ def test_what_cannot_be_done_is_a_value_error(message, call):
         call(torch.zeros(1, 3, 20, 16))
 
 
+def test_finite_steps_alone_shift_the_level_by_half_a_step():
+    """For data without variance v = x / t, and a step makes the variance t² into t² − 2 t Δ + 4 Δ²,
+    which is (t − Δ)² + 3 Δ². So what is beyond t² obeys e' = 4 e / t − 3 Δ: e = Δ (t − t⁴), and the
+    shift is Δ (1 − t³) / 2.
+    """
+    seen, step = {}, 0.96 / 49
+    denoise = lambda x, t: seen.update({t.item(): x.std().item()}) or x / t
+    torch.manual_seed(0)
+    diffusion.sample_sde(denoise, torch.randn(8000, 1, 8, 8), PATHS[0], steps=50)
+    for t in [t for t in seen if 0.1 < t < 0.8]:
+        assert seen[t] - t == pytest.approx(step * (1 - t**3) / 2, abs=6e-4 + 3 * step**2), t
+
+
 # --------------------------------------------------------------------------------------------------
 # models.py: the transformer, the autoencoder, weights of others
 
@@ -451,8 +465,7 @@ def test_checkpoints_of_others_training_code_load_by_their_arguments(tmp_path):
 @pytest.mark.parametrize("end", [32, 40])
 def test_safetensors_are_read_and_offsets_beyond_the_file_refused(tmp_path, end):
     """The format: length of the header, header in JSON, numbers."""
-    file = tmp_path / "x.safetensors"
-    state = {"a": torch.randn(2, 3), "b": torch.randn(4).bfloat16()}
+    file, state = tmp_path / "x.safetensors", {"a": torch.rand(2, 3), "b": torch.ones(4).bfloat16()}
     text = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
                        "b": {"dtype": "BF16", "shape": [4], "data_offsets": [end - 8, end]},
                        "__metadata__": {"format": "pt"}}).ljust(200).encode()
@@ -477,7 +490,7 @@ def test_shapes_are_a_function_of_seed_and_index_and_some_are_a_data_set_of_thei
     assert same.sum() > 60 and np.array_equal(images[same], few[same])          # the very images
 
 
-BATCHES = dict(seed=0, batch=4, interpolant="vp", class_drop=0.5, noise_drop=0.5, in_channels=3,
+BATCHES = dict(seed=0, batch=4, interpolant="vp", class_drop=0.5, noise_drop=0.3, in_channels=3,
                input_size=16, num_classes=2)
 
 
@@ -488,8 +501,7 @@ def photos(tmp_path):
             ("ants/1.jpg", "L"), ("ants/3.gif", "P"), ("ants/5.JPG", "RGB"), ("birds/0.png", "RGB"),
             ("birds/2.webp", "RGBA"), ("birds/4.tif", "CMYK"))):
         (tmp_path / "photos" / file).parent.mkdir(parents=True, exist_ok=True)
-        size = 16 + 14 * i, 16 + 50 * i % 70
-        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 255, (16 + 9 * i, 16 + 30 * i, 3), np.uint8)
         Image.fromarray(pixels).convert(mode).save(tmp_path / "photos" / file)
     return tmp_path / "photos"
 
@@ -572,14 +584,15 @@ def test_training_draws_from_the_posteriors_and_a_damaged_part_is_named(tmp_path
     write_latents(tmp_path / "latents", moments)
     args = SimpleNamespace(**{**BATCHES, **dict(batch=10, in_channels=4, input_size=4)})
     batches = train.Batches(train.Latents(tmp_path / "latents"), args)
-    x0, y, _, eps, _ = batches[3]
+    x0, y, _, eps, drop_noise = batches[3]
     numbers, stream = batches.indices(3), train.generator(0, "batch", 3)
-    flip, _, hidden, _ = (stream.random(10), PATHS[1].draw_levels(stream, 10), stream.random(10),
-                          stream.random(10))
+    flip, _ = stream.random(10), PATHS[1].draw_levels(stream, 10)
+    classless, hidden = stream.random(10), stream.random(10)
     drawn, noise = (stream.standard_normal((10, 4, 4, 4), np.float32) for _ in range(2))
     chosen = moments[numbers, (flip < 0.5).astype(int)].astype(np.float32)
     np.testing.assert_allclose(x0, chosen[:, :4] + chosen[:, 4:] * noise, rtol=1e-6, atol=1e-6)
-    assert np.array_equal(eps, drawn) and np.array_equal(y, np.where(hidden < 0.5, 2, numbers > 0))
+    assert np.array_equal(eps, drawn) and np.array_equal(drop_noise, hidden < 0.3)
+    assert np.array_equal(y, np.where(classless < 0.5, 2, numbers > 0))
     write_latents(tmp_path / "cut", moments)
     part = tmp_path / "cut/1.npy"
     part.write_bytes(part.read_bytes()[:500])
@@ -666,8 +679,7 @@ def test_estimator_sees_the_shift_that_known_noise_makes(path, steps, levels):
     """Real data noised to t, and further by a known σ_e."""
     torch.manual_seed(0)
     images = train.to_float(torch.from_numpy(train.Shapes(16).images(range(12_000))[0]))
-    draw = lambda n: images[torch.randint(0, 10_000, (n,))]
-    net = trained(path, draw, 16, steps, 128, lr=1e-3, jitter=0.4)
+    net = trained(path, lambda n: images[torch.randint(10_000, (n,))], 16, steps, 128, 1e-3, 0.4)
     for t, known in itertools.product(levels, (0.02, 0.05)):
         x = diffusion.add_noise(path, images[10_000:], torch.randn(2000, 3, 16, 16), t).float()
         sigma_e = (path.sigma(t + known)**2 - path.sigma(t)**2).sqrt().item()
@@ -729,7 +741,7 @@ def test_resizing_is_the_rule_of_tensorflow_1(height, width, size):
 
 
 def test_inception_logits_have_no_bias_and_its_spatial_features_are_seven_channels():
-    images, net = torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8), fill(fid.InceptionV3())
+    images, net = torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8), inception()
     pool, spatial, logits = net(images)
     assert (pool.shape[1], spatial.shape[1], logits.shape[1]) == (2048, 17 * 17 * 7, 1008)
     close(logits, pool @ net.fc.weight.T)
@@ -787,10 +799,9 @@ def test_inception_score_precision_and_recall_by_construction():
     half[5000:] = half[0]
     assert fid.inception_score(half) == pytest.approx((2 + 1) / 2)     # the mean of two splits
     cloud = lambda n, at: torch.randn(n, 16) * 0.01 + at
-    real, elsewhere = torch.cat([cloud(300, 0.0), cloud(100, 5.0)]), cloud(100, -7.0)
-    assert fid.precision_recall(real, torch.cat([real[300:], elsewhere])) == (0.5, 0.25)
-    assert fid.precision_recall(real, real) == (1, 1)
-    assert fid.precision_recall(real, elsewhere) == (0, 0)
+    real, far = torch.cat([cloud(300, 0.0), cloud(100, 5.0)]), cloud(100, -7.0)
+    assert fid.precision_recall(real, torch.cat([real[300:], far])) == (0.5, 0.25)
+    assert fid.precision_recall(real, real) == (1, 1) and fid.precision_recall(real, far) == (0, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1736,8 +1747,17 @@ def test_latents_are_read_about_as_fast_as_numpy_reads_them_and_memory_stays(tmp
     for k, name in enumerate(parts):
         shape = min(1024, N - 1024 * k), 2, 8, 32, 32
         np.lib.format.open_memmap(tmp_path / "big" / name, "w+", np.float16, shape)
-    ok(tmp_path, "train.py --latents big --model SiT-S/8 --steps 30 --batch 128 --out run",
-       patch=f"{NO_VAE}; limit(megabytes=2500)")
+    run = Run(tmp_path, "train.py --latents big --model SiT-S/8 --steps 30 --batch 128 --out run",
+              patch=NO_VAE)
+    held, status = [], Path(f"/proc/{run.processes[0].pid}/status")
+
+    def watch():                                    # mapped files do not count
+        found = re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status.read_text())
+        held.append(sum(map(int, found)) / 1024)
+
+    with contextlib.suppress(OSError):              # until it has ended
+        run.until(watch)
+    assert run.end().status == 0 and 500 < max(held) < 2500, run.err
 
     data, seconds = train.Latents(tmp_path / "big"), []
     arrays = [np.load(tmp_path / "big" / name, mmap_mode="r") for name in parts[:20]]

@@ -34,9 +34,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-# Waiting threads of OpenMP spin: beside two other programs a step took 40 times as long, spinning
-# this little 3 times; it is read when torch is loaded. And glibc hands large freed blocks back, to
-# be faulted in again at every step, 8 % of a small model's time, unless a process starts with these.
+# OpenMP's waiting threads spin: beside two other programs a step took 40 times as long, and with as
+# few turns as these 3 times (read when torch is loaded). And glibc hands large freed blocks back, to
+# be faulted in again at each step: 8 % of a small model's time, unless a process starts with these.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
     os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**26))
@@ -210,9 +210,10 @@ def read_image(path):
         with Image.open(path, formats=formats) as image:
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):       # 16-bit grey, which convert() would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise DataError(f"cannot read the image {path} ({error}); move it out of the folder, "
                         "and start the same command again") from None
@@ -273,7 +274,11 @@ class Latents:
         moments = np.empty((len(indices), 8, self.size, self.size), np.float16)
         for row, index, mirrored in zip(moments, indices, flip):
             part, place = divmod(int(index), self.per_part)
-            row[:] = map_array(self.files[part])[place, int(mirrored)]
+            array = map_array(self.files[part])
+            if array.shape[1:] != (2, *row.shape) or place >= len(array):
+                raise DataError(f"{self.files[part]} is no part of these latents; remove it, "
+                                "and encode again")
+            row[:] = array[place, int(mirrored)]
         mean, std = torch.from_numpy(moments).float().chunk(2, dim=1)
         return torch.addcmul(mean, std, torch.from_numpy(noise)).numpy(), self.labels[indices]
 
@@ -950,7 +955,8 @@ def one_line_errors(main):
         if sys.flags.dev_mode or not (message := explanation(error)):
             raise
         stop(message, everywhere=not isinstance(error, ValueError) or isinstance(error, DataError))
-    finally:                                        # after an error NCCL could wait for ever
+    finally:
+        end_workers()                               # after an error NCCL could wait for ever
         if dist.is_initialized() and (sys.exc_info()[0] is None or not torch.cuda.is_available()):
             dist.destroy_process_group()
 
@@ -964,6 +970,9 @@ def explanation(error):
         return f"{error.filename or 'file system'}: {error.strerror or text}"
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return "there is not enough memory; lower --micro-batch (train.py), --batch, or the size"
+    if "DataLoader worker" in text:
+        return ("a process that prepares batches was killed, as happens when memory is short; the "
+                "same command goes on, or with fewer --workers")
     if "ompiler" in text:
         return "torch.compile finds no working compiler; give --no-compile"
     if WORLD > 1 and "by peer" in text:
@@ -1016,10 +1025,9 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:                        # of a full disk, say: name the file
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    except RuntimeError:                            # so torch.save reports one
-        raise OSError(None, "cannot be written; is the disk full?", str(path)) from None
+    except (OSError, RuntimeError) as error:        # torch.save and np.save do not tell the reason
+        why = getattr(error, "strerror", None) or "cannot be written; is the disk full?"
+        raise OSError(getattr(error, "errno", None), why, str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -1132,16 +1140,11 @@ def load(dataset, numbers, workers, device):
     except DataError as error:                      # a worker's message is a traceback
         raise DataError(str(error).rpartition("DataError: ")[2]) from None
     except (RuntimeError, OSError, EOFError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()                           # they ignore what asks them to end
-        sys.unraisablehook = lambda unraisable: None             # the loader would complain again
         if "open files" in str(error):
             raise DataError("too many open files; raise the limit (ulimit -n), or give fewer "
                             "--workers") from None
-        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
-            raise DataError("a process that prepares batches was killed, as happens when memory is "
-                            "short; the same command goes on, or with fewer --workers") from None
+        if isinstance(error, (ConnectionError, EOFError)):       # PyTorch finds it in several ways
+            raise RuntimeError("DataLoader worker") from None
         raise
 
 
@@ -1150,6 +1153,15 @@ def ignore_signals(worker):
     sys.excepthook = lambda *error: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """End the processes that prepare batches: Python would wait for them, who ignore SIGTERM."""
+    for worker in torch.multiprocessing.active_children():
+        if worker.daemon:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # PyTorch would raise an error
+            sys.unraisablehook = lambda unraisable: None
+            worker.kill()
 
 
 class Lines:

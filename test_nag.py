@@ -1368,6 +1368,80 @@ def test_a_users_error_is_one_line_and_status_2(mistakes, command, word, capsys,
     assert not train.checkpoints(mistakes / "new")
 
 
+SHELL = [  # a line for the shell, its status, and what it must say
+    ("python -OO train.py --steps 1 --image-size 8 --out optimised", 0, "finished"),
+    ("python train.py --steps 1 --image-size 8 --out closed >&-", 0, "1/1"),
+    ("python train.py --help | head -n 1", 0, "usage"),
+    ("RANK=1 python train.py --steps 1", 2, "start ranks by torchrun"),
+    ("python train.py --steps 1 --batch 1000000000000 --out x", 2, "not enough memory"),
+    ("python train.py --steps 1 --image-size 100000 --out x", 2, "not enough memory"),
+    ("ulimit -n 40; python train.py --data photos --image-size 8 --batch 4 --steps 99 --workers 4 "
+     "--out x", 2, "too many open files"),
+    ("ONEDNN_MAX_CPU_ISA=AVX2 python sample.py --ckpt runs/one --precision bf16 --num 1 --steps 2 "
+     "--out old.png", 0, "old.png"),
+    ("ONEDNN_MAX_CPU_ISA=AVX2 python train.py --steps 1 --image-size 8 --out old", 0, "fp32"),
+]
+
+
+@pytest.mark.parametrize("line, status, says", SHELL, ids=[line for line, *_ in SHELL])
+def test_what_a_shell_can_do_to_a_script_ends_well(place, line, status, says):
+    for name in SCRIPTS:
+        line = line.replace(name, str(HERE / name))
+    line = line.replace("python ", f"{sys.executable} ")
+    done = subprocess.run(f"set -o pipefail; {line}", shell=True, executable="/bin/bash", cwd=place,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=600)
+    said = done.stdout + done.stderr
+    assert done.returncode == status and says in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(name):
+    """What the environment holds at the moment in which a script first asks for torch."""
+    code = f"""
+import os, sys
+class Torch:
+    def find_spec(name, *rest):
+        if name == "torch":
+            print(os.environ["GOMP_SPINCOUNT"])
+            sys.stdout.flush()
+            os._exit(0)
+sys.meta_path.insert(0, Torch)
+import {name.removesuffix(".py")}"""
+    for given in ("", "7"):
+        variables = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+        variables |= {"GOMP_SPINCOUNT": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=variables, text=True,
+                              capture_output=True)
+        assert done.stdout.strip() == (given or "3000"), done.stderr
+
+
+def test_steps_before_an_unreadable_image_are_saved(place):
+    """The tenth of twelve images; progress that goes to a file is plain lines."""
+    for i, file in enumerate(sorted((place / "photos").rglob("*.*"))[:12]):
+        (place / "torn").mkdir(exist_ok=True)
+        shutil.copy(file, place / f"torn/{i:02}{file.suffix}")
+    order = train.generator(0, "order", 0).permutation(12)
+    (place / "torn" / sorted(os.listdir(place / "torn"))[order[9]]).write_bytes(b"none")
+    run = Run(place, "train.py --data torn --image-size 8 --batch 1 --steps 30 --workers 1 --out t")
+    assert "cannot read the image torn/" in run.error() and len(losses(place / "t")) == 9
+    assert state(place / "t", 9)["step"] == 9 and "\r" not in run.err
+
+
+def test_single_images_are_those_of_the_npz_and_files_hold_their_command(place):
+    command = "sample.py --ckpt runs/one/checkpoints --num 66 --steps 2 --precision fp32"
+    for out in ("singles/", "singles/", "together.npz"):
+        said = ok(place, f"{command} --out {out}")
+    with np.load(place / "together.npz") as file:
+        images = file["arr_0"]
+    files = sorted((place / "singles").glob("*.png"))
+    assert len(files) == 66 and files[65].name == "000065.png"
+    assert all(np.array_equal(Image.open(f), image) for f, image in zip(files, images))
+    assert Image.open(files[0]).text["command"] == f"{command} --out singles/"
+    assert "--steps 20" in state(place / "runs/one", 20)["settings"]["command"]
+    assert "finished" in ok(place, f"{command} --out together.npz") and "finished" not in said
+
+
 def test_of_several_ranks_one_tells_the_error_and_all_end(tmp_path):
     run = Run(tmp_path, "train.py --batch 3", ranks=2)
     assert "a batch of 3 cannot be shared by 2 ranks" in run.error()

@@ -1419,12 +1419,12 @@ import {name.removesuffix(".py")}"""
 def test_steps_before_an_unreadable_image_are_saved(place):
     """The tenth of twelve images; progress that goes to a file is plain lines."""
     for i, file in enumerate(sorted((place / "photos").rglob("*.*"))[:12]):
-        (place / "torn").mkdir(exist_ok=True)
-        shutil.copy(file, place / f"torn/{i:02}{file.suffix}")
+        (place / "spoilt").mkdir(exist_ok=True)
+        shutil.copy(file, place / f"spoilt/{i:02}{file.suffix}")
     order = train.generator(0, "order", 0).permutation(12)
-    (place / "torn" / sorted(os.listdir(place / "torn"))[order[9]]).write_bytes(b"none")
-    run = Run(place, "train.py --data torn --image-size 8 --batch 1 --steps 30 --workers 1 --out t")
-    assert "cannot read the image torn/" in run.error() and len(losses(place / "t")) == 9
+    (place / "spoilt" / sorted(os.listdir(place / "spoilt"))[order[9]]).write_bytes(b"none")
+    run = Run(place, "train.py --data spoilt --image-size 8 --batch 1 --steps 30 --workers 1 --out t")
+    assert "cannot read the image spoilt/" in run.error() and len(losses(place / "t")) == 9
     assert state(place / "t", 9)["step"] == 9 and "\r" not in run.err
 
 

@@ -34,12 +34,13 @@ def _level(t):
 def _like(coefficient, x):
     """A coefficient () or (B,), ready to multiply x (B, C, H, W)."""
     if coefficient.ndim == 0:
-        return coefficient                          # on the CPU, it multiplies tensors anywhere
+        return coefficient                          # it may multiply tensors of any device
     return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Path:
-    """An interpolant. Its prediction is affine in the score at one (x, t); x0_eps converts it."""
+    """An interpolant. At one (x, t), what the network predicts, E[x_0|x, t], E[ε|x, t] and the
+    score are affine in each other; x0_eps turns the prediction into the first two."""
 
     def velocity(self, prediction, x, t):
         """E[dx_t/dt|x, t] = α' E[x_0|x, t] + σ' E[ε|x, t]."""
@@ -212,8 +213,8 @@ def training_loss(model, path, x0, y, t, eps, drop_noise=None):
 def ddpm_posterior(alpha_bar):
     """q(x_{i−1}|x_i, x_0) of a chain with these ᾱ_0 … ᾱ_{N−1} (Ho et al., 2020, eq. 6, 7).
 
-    Four tensors (N,). Its mean is on_x0 · x_0 + on_xt · x_i. Its log variance (eq. 7) and that of β
-    are low and high, between which a learned one lies; low of i = 0, where q has no spread, is
+    Four tensors (N,). Its mean is on_x0 · x_0 + on_xt · x_i. low is the log of its variance, and
+    high is log β: a learned log variance lies in between. For i = 0, where q has no spread, low is
     that of i = 1.
     """
     previous = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
@@ -275,7 +276,8 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
 
     A prediction is affine in the score at the nominal level, so this sum of predictions is the
     same sum of scores: velocity and ε need no special case. NAG's other form, by a classifier of
-    the level, needs no null branch: it adds w_classifier ∇_x log g(t|x) to the score.
+    the level, needs no null branch: it adds w_classifier ∇_x log g(t|x) to the score (not where
+    α = 0, where a velocity holds no score).
 
     y             (B,) int64 classes
     w_nag         weight of NAG, neutral at 0; `?` is the level hidden (Zhong et al., 2025)

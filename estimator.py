@@ -38,8 +38,8 @@ FILE = "runs/estimator-{}-{}.pt"                    # for data[-latents] and int
 
 # A level shows twice in a state: in its noise, σ(t), and in the strength of its signal, α(t). The
 # errors of a sampler change the noise alone, and an estimator that trusts the signal overlooks a
-# part of them. So it learns from images of another contrast, times e^−J to e^J, and brightness,
-# plus N(0, (J/2)²) in each channel: all that is left to tell the level by is the noise.
+# part of them. So it learns from images c x + b of random contrast c, from e^−J to e^J, and random
+# brightness b ~ N(0, (J/2)²) of each channel: the noise is all that is left to tell t by.
 JITTER = 0.4
 
 
@@ -313,9 +313,7 @@ def measure(args):
     args.precision = args.precision or train.broadcast(train.fast_precision(device))
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     sample.settle(args, ckpt, s)
-    guides = sample.open_guides(args, s, device)
-    if not args.keep_images:
-        guides["vae"] = None                        # the states are enough
+    guides = sample.open_guides(args, s, device, decode=args.keep_images)
     out = Path(args.out) if args.out else train.run_folder(ckpt) / "shift"
     train.must_be_writable(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz      # what DiT, SiT and NAG quote
     python fid.py samples.npz folder/of/images --save-stats reference.npz
-    python fid.py runs/SiT-?/main/*.npz shapes                     # a table, over seeds too
+    python fid.py runs/SiT-?/main/*.npz shapes                     # mean and deviation over seeds
 
 A fixed network turns images into features: Inception for natural images, one with random weights
 for the drawn shapes. Two sets of images are compared by how their features are distributed:
@@ -183,7 +183,9 @@ def open_network(name, weights, device):
         with train.rank_0_first():
             state = (models.load_file(weights, "leave out --weights to download them") if weights
                      else models.download(INCEPTION_URL, "give --weights FILE"))
-        models.load_weights(network, state, weights or INCEPTION_URL)
+        counters = {key: value for key, value in network.state_dict().items()
+                    if key.endswith("num_batches_tracked")}      # which some files lack
+        models.load_weights(network, counters | state, weights or INCEPTION_URL)
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -451,11 +453,11 @@ def arguments():
     add = parser.add_argument
     file = {"metavar": "FILE", "type": train.place}
     add("samples", nargs="+", metavar="SAMPLES", type=train.place,
-        help="an .npz of images or statistics, a folder of images, or shapes; several make a table")
+        help="an .npz of images or statistics, a folder of images, or shapes; each is a row")
     add("reference", metavar="REFERENCE", type=train.place, help="the same")
     add("--features", choices=NETWORKS, help="default: random for shapes and below 64×64")
     add("--metrics", nargs="+", choices=METRICS, help="default: all that the two sides allow")
-    add("--num", "--num-samples", type=train.number(int, 2), help="only the first of each side")
+    add("--num", "--num-samples", type=train.number(int, 2), help="only the first images")
     add("--crop", type=train.number(int, 4), metavar="N", help="crop images in folders to N×N")
     add("--batch", type=train.number(int, 1), default=64, help="images at a time (default: 64)")
     add("--weights", **file, help="the Inception weights, if they cannot be downloaded")

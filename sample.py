@@ -44,7 +44,8 @@ def sampling_arguments(add, several_weights=False):
     add("--w-nag", type=weight, metavar="W", **weights, help="weight of NAG (default: 0, neutral)")
     add("--nag-interval", **level, help="levels t at which NAG acts (default: 0.1 0.6 on shapes, "
         "else 0 1)")
-    add("--cfg-scale", type=weight, default=1.0, metavar="S", help="of CFG, neutral at 1 (default)")
+    add("--cfg-scale", type=weight, default=1.0, metavar="S",
+        help="scale of CFG (default: 1, neutral)")
     add("--cfg-interval", default=(0.0, 1.0), **level,
         help="levels t at which CFG and the guide act (default: 0 1)")
     add("--cfg-channels", type=train.number(int, 1), metavar="N",
@@ -55,7 +56,8 @@ def sampling_arguments(add, several_weights=False):
         help="the noise estimator of --w-nag-classifier, from: python estimator.py train")
     add("--guide", type=path, metavar="PATH", help="checkpoint of another model to be guided by: "
         "a weaker one, or the one that this was tuned from")
-    add("--guide-scale", type=weight, default=1.0, metavar="S", help="neutral at 1 (default)")
+    add("--guide-scale", type=weight, default=1.0, metavar="S",
+        help="scale of the guide (default: 1, neutral)")
     add("--guide-unconditional", action="store_true",
         help="ask the guide without class (domain guidance)")
     add("--sampler", choices=SAMPLERS, help="default: ddpm on VP, sde on linear")
@@ -98,7 +100,7 @@ def open_checkpoint(name, model=None):
         if not found:
             raise ValueError("no checkpoint below runs; train one with: python train.py, "
                              "or name one with --ckpt")
-        name = train.broadcast(str(max(found, key=lambda path: path.stat().st_mtime)))
+        name = train.broadcast(str(max(found, key=os.path.getmtime)))
     name = train.newest_checkpoint(name)
     with train.rank_0_first():
         return name, *models.from_checkpoint(name, model)
@@ -113,9 +115,9 @@ def settle(args, ckpt, s):
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if shapes else 250)
     if args.nag_interval and not (np.any(args.w_nag) or args.w_nag_classifier):
-        raise ValueError("--nag-interval is of NAG; give it a weight, --w-nag W")
+        raise ValueError("--nag-interval has no effect without NAG; give a weight, --w-nag W")
     if args.cfg_channels and args.cfg_scale == 1:
-        raise ValueError("--cfg-channels is of CFG; give it a scale, --cfg-scale S")
+        raise ValueError("--cfg-channels has no effect without CFG; give a scale, --cfg-scale S")
     args.nag_interval = args.nag_interval or ((0.1, 0.6) if shapes else (0.0, 1.0))
     for name in ("nag_interval", "cfg_interval"):
         lo, hi = getattr(args, name)
@@ -133,11 +135,11 @@ def settle(args, ckpt, s):
                          f"it: python train.py --init {ckpt}{model} --noise-drop 0.1 "
                          f"--data {s['data'] if shapes else 'DIR'} --out DIR")
     if args.cfg_scale != 1 and not s["class_drop"]:
-        raise ValueError(f"--cfg-scale needs a model trained with class dropout, {ckpt} was not: "
-                         "python train.py --class-drop 0.1 --out DIR")
+        raise ValueError(f"--cfg-scale needs a model trained with class dropout, {ckpt} was not; "
+                         "train one with: python train.py --class-drop 0.1 --out DIR")
     if args.cfg_channels and args.cfg_channels > s["in_channels"]:
-        raise ValueError(f"--cfg-channels {args.cfg_channels} is more than {s['in_channels']}, "
-                         "which the model has")
+        raise ValueError(f"--cfg-channels {args.cfg_channels} is more than the "
+                         f"{s['in_channels']} channels of the model")
     for value, neutral, option, needs, file in (
             (args.guide_scale, 1, "--guide-scale", "--guide", args.guide),
             (args.w_nag_classifier, 0, "--w-nag-classifier", "--estimator", args.estimator)):
@@ -164,7 +166,7 @@ def open_estimator(file, s, judge=False):
     return estimator, own
 
 
-def open_guides(args, s, device):
+def open_guides(args, s, device, decode=True):
     """The other networks that sampling needs, {"guide", "estimator", "vae"}; None for no need."""
     guide = estimator = vae = None
     if args.guide:
@@ -179,8 +181,9 @@ def open_guides(args, s, device):
     if args.estimator:
         estimator, _ = open_estimator(args.estimator, s)
     if s["image_size"] != s["input_size"]:
-        with train.rank_0_first():
-            vae = models.load_vae(args.vae or s.get("vae"))
+        if decode:
+            with train.rank_0_first():
+                vae = models.load_vae(args.vae or s.get("vae"))
     elif args.vae:
         raise ValueError("the model draws pixels, and needs no VAE; leave --vae out")
     networks = {"guide": guide, "estimator": estimator, "vae": vae}
@@ -283,7 +286,7 @@ class Sampler:
                      cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels,
                      w_classifier=args.w_nag_classifier, classifier=self.classifier,
                      guide=self.guide, guide_scale=args.guide_scale)
-        if args.guide_unconditional and self.guide:
+        if args.guide_unconditional and self.guide is not None:
             terms["guide_y"] = torch.full_like(y, self.guide_null)
         denoise = diffusion.guided(self.model, self.path, y, null_class=s["num_classes"],
                                    **terms if guidance else {})
@@ -301,7 +304,7 @@ class Sampler:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             x0 = self.sample(watched, start, self.path, steps=args.steps, **noise)
         if not x0.isfinite().all():
-            raise ValueError("the samples are not finite; lower the weights of guidance")
+            raise train.DataError("the samples are not finite; lower the weights of guidance")
         return train.to_uint8(self.vae.decode(x0) if self.vae else x0), labels
 
     def bar(self, total):
@@ -323,27 +326,28 @@ def write_grid(sampler, out, title):
     train.save_png(train.picture(panels, 4 if args.num <= 16 else 8, names), out)
 
 
+def claim(folder, settings):
+    """Be the only writer of a folder, which holds samples of these settings; ValueError if not."""
+    train.lock(folder)
+    if train.RANK == 0:
+        note, begun = json.dumps(settings, indent=1), folder / ".settings.json"
+        if begun.exists() and begun.read_text() != note:
+            raise ValueError(f"{folder} holds samples of other settings; remove it, "
+                             "or give another --out")
+        with train.replacing(begun) as file:
+            file.write(note.encode())
+
+
 def write_npz(sampler, out, settings):
     """N images of all ranks: each batch is a part in OUT.partial, and rank 0 joins the parts."""
     args, work = sampler.args, out.with_name(out.name + ".partial")
-    train.lock(work)
-    if train.RANK == 0:
-        note, begun = json.dumps(settings, indent=1), work / "settings.json"
-        if begun.exists() and begun.read_text() != note:
-            raise ValueError(f"{work} holds samples of other settings; remove it, "
-                             "or give another --out")
-        needed, free = 2 * args.num * 3 * sampler.s["image_size"]**2, shutil.disk_usage(work).free
-        if needed > free and not begun.exists():
-            raise ValueError(f"{out} needs {needed / 1e9:.1f} GB while it is written, "
-                             f"{free / 1e9:.1f} GB are free; give another --out")
-        with train.replacing(begun) as file:
-            file.write(note.encode())
-    train.broadcast(None)                           # the others wait for rank 0
+    claim(work, settings)
     batches = in_batches(args)
     files = [work / f"{k:05}.npz" for k in range(len(batches))]
-    todo = [k for k, file in enumerate(files) if not file.exists()][train.RANK::train.WORLD]
-    with sampler.bar(sum(len(batches[k]) for k in todo)) as bar:
-        for k in todo:
+    todo = train.broadcast([k for k, file in enumerate(files) if not file.exists()])
+    mine = todo[train.RANK::train.WORLD]
+    with sampler.bar(sum(len(batches[k]) for k in mine)) as bar:
+        for k in mine:
             images, labels = sampler(batches[k], bar)
             images = images.permute(0, 2, 3, 1).contiguous().cpu()
             with train.replacing(files[k]) as file:
@@ -359,17 +363,20 @@ def in_batches(args):
     return [range(i, min(i + args.batch, args.num)) for i in range(0, args.num, args.batch)]
 
 
-def write_folder(sampler, out):
+def write_folder(sampler, out, settings):
     """N images of all ranks as 000000.png, 000001.png, …; those that exist are finished."""
-    out.mkdir(exist_ok=True)
+    claim(out, {**settings, "num": None, "batch": None})
     file = lambda i: out / f"{i:06}.png"
-    todo = [batch for batch in in_batches(sampler.args) if not all(file(i).exists() for i in batch)]
+    todo = train.broadcast([batch for batch in in_batches(sampler.args)
+                            if not all(file(i).exists() for i in batch)])
     mine = todo[train.RANK::train.WORLD]
     with sampler.bar(sum(map(len, mine))) as bar:
         for batch in mine:
             images, _ = sampler(batch, bar)
             for i, image in zip(batch, images.permute(0, 2, 3, 1).cpu().numpy()):
                 train.save_png(Image.fromarray(image), file(i))
+    if train.WORLD > 1:
+        dist.barrier()
 
 
 def join(files, out, num):
@@ -415,7 +422,7 @@ def speed_of(args, device):
     print(json.dumps(train.benchmark({
         "no guidance": (lambda: call(0.0, 1.0), once),
         "NAG": (lambda: call(3.0, 1.0), 2 * once),
-        "NAG + CFG": (lambda: call(2.0, 1.5), 3 * once)}, args, device)))
+        "NAG + CFG": (lambda: call(2.0, 1.5), 3 * once)}, args, device, train.WORLD * args.batch)))
 
 
 def main():
@@ -427,7 +434,8 @@ def main():
     ckpt, model, s = open_checkpoint(args.ckpt, args.model)
     settle(args, ckpt, s)
     labels, title = class_numbers(args.classes, s["classes"]), guidance_name(args)
-    files = [name for name in (ckpt, args.estimator, args.guide, args.vae) if name]
+    args.guide = args.guide and train.newest_checkpoint(args.guide)
+    files = [name for name in (ckpt, args.estimator, args.guide, args.vae or s.get("vae")) if name]
     written = [os.path.getmtime(name) if os.path.exists(name) else None for name in files]
     settings = {**vars(args), "out": None, "ckpt": ckpt, "labels": labels, "written": written}
     out = args.out and Path(args.out)
@@ -440,7 +448,7 @@ def main():
         raise ValueError(f"--out {out} must end in .png, in .npz, or in / for a folder")
     train.must_be_writable(out)
     if out.suffix == ".npz" and out.exists():
-        return print(f"{out} is finished; remove it to make it anew")
+        return print(f"{out} is finished; remove it to draw it again")
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(model.to(device), s, args, labels, device, **open_guides(args, s, device))
     print(f"{ckpt}: {args.num} images in {args.steps} steps of {args.sampler}, "
@@ -448,7 +456,7 @@ def main():
     if out.suffix == ".npz":
         write_npz(sampler, out, settings)
     elif out.suffix != ".png":
-        write_folder(sampler, out)
+        write_folder(sampler, out, settings)
     elif train.RANK == 0:                           # a few images: alone
         write_grid(sampler, out, title)
     print(out)

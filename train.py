@@ -34,9 +34,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-# OpenMP's waiting threads spin: beside two other programs a step took 40 times as long, and with as
-# few turns as these 3 times (read when torch is loaded). And glibc hands large freed blocks back, to
-# be faulted in again at each step: 8 % of a small model's time, unless a process starts with these.
+# OpenMP's waiting threads spin: beside two other programs a step took 40 times as long, with so few
+# turns 3 times (read when torch is loaded). And glibc hands large freed blocks back, to be faulted
+# in again at every step: 8 % of a small model's time, unless a process starts with these.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
     os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**26))
@@ -142,7 +142,7 @@ class Shapes:
 class ImageFolder(torch.utils.data.Dataset):
     """The images below a folder; its sorted sub-folders are the classes (without any, it is one).
 
-    Names that begin with a dot or __ are no data, nor are folders that we write ourselves.
+    Names that begin with a dot or __ are left out, and folders that these scripts write.
     Raises ValueError where it is not clear what belongs to which class.
     """
 
@@ -156,14 +156,12 @@ class ImageFolder(torch.utils.data.Dataset):
             raise ValueError(f"no folder {folder}; give one of images, shapes or shapes:star,cross")
         places = [path for path in self.folder.iterdir() if not path.name.startswith((".", "__"))]
         self.classes = sorted(p.name for p in places if p.is_dir() and p.name not in self.ours)
-        beside = [p.name for p in places if p.is_file() and p.suffix.lower() in self.suffixes]
+        beside = [p for p in places if p.is_file() and p.suffix.lower() in self.suffixes]
         if self.classes and beside:
             raise ValueError(f"{folder} has class sub-folders and images beside them, such as "
-                             f"{beside[0]}; move these into a class")
+                             f"{beside[0].name}; move these into a class")
         for label, name in enumerate(self.classes or ["."]):
-            found = self.find(self.folder / name) if self.classes else \
-                (str(self.folder / image) for image in beside)
-            found = sorted(found)
+            found = sorted(self.find(self.folder / name) if self.classes else map(str, beside))
             if not found:
                 raise ValueError(f"no images in {self.folder / name}; remove it, or give another "
                                  f"folder ({', '.join(sorted(self.suffixes))})")
@@ -197,13 +195,13 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 class DataError(ValueError):
-    """Something is wrong with the data that one rank reads: that rank says so."""
+    """Something that only one rank meets, such as a file that cannot be read: it says so."""
 
 
 def read_image(path):
-    """The image in a file as upright RGB; raises DataError where it is none.
+    """The image in a file as upright RGB; raises DataError where it cannot be read.
 
-    Pillow may try only formats of our suffixes: for others it would start programs.
+    Only Pillow's readers for our suffixes are tried: some others start external programs.
     """
     formats = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
     try:
@@ -276,7 +274,7 @@ class Latents:
             part, place = divmod(int(index), self.per_part)
             array = map_array(self.files[part])
             if array.shape[1:] != (2, *row.shape) or place >= len(array):
-                raise DataError(f"{self.files[part]} is no part of these latents; remove it, "
+                raise DataError(f"{self.files[part]} does not belong to these latents; remove it, "
                                 "and encode again")
             row[:] = array[place, int(mirrored)]
         mean, std = torch.from_numpy(moments).float().chunk(2, dim=1)
@@ -575,7 +573,8 @@ def arguments():
 def default_out(args):
     data = Path(args.data or args.latents or "shapes").name
     if args.init:
-        return f"runs/{data}-{run_folder(args.init).name}-tuned"
+        init = newest_checkpoint(args.init)
+        return f"runs/{data}-{run_folder(init).name or Path(init).stem}-tuned"
     return f"runs/{data}-{(args.model or 'SiT-Ti/2').replace('/', '-')}"
 
 
@@ -602,6 +601,7 @@ def settings(parser, device):
         parser.set_defaults(**TI_TUNING)
     inherited = "interpolant", "learn_sigma", "image_size", "in_channels"
     parser.set_defaults(**{key: of_init[key] for key in inherited if init})
+    saved = {key: value for key, value in saved.items() if key not in ("compile", "workers")}
     parser.set_defaults(**{**saved, "model": model, "out": out, "command": shlex.join(sys.argv)})
     args = parser.parse_args()
 
@@ -635,11 +635,12 @@ def settings(parser, device):
 
 def training_data(args, given, of_init, device):
     """The data set; settles image_size, input_size and in_channels, and encodes what is missing."""
-    drawn = is_drawn(args.data) and not args.latents
+    note = read_note(args.latents) if args.latents else None
+    drawn = is_drawn(args.data) and bool(given.data or not note)
     latent = bool(args.latents or args.vae or args.in_channels == models.VAE.channels)
     if latent and drawn:
-        raise ValueError("shapes are trained in pixels; give the --data to encode, or --latents")
-    note = read_note(args.latents) if args.latents else None
+        raise ValueError("shapes are trained in pixels, and there are no finished latents; "
+                         "give the --data to encode")
     by_default = 256 if latent else 16 if drawn and "-Ti/" in args.model else 32
     size = args.image_size or (note["image_size"] if note else by_default)
     latent = latent or not drawn and size >= 256
@@ -647,7 +648,7 @@ def training_data(args, given, of_init, device):
     args.input_size = size // models.VAE.factor if latent else size
     what = f"{size}×{size} {'images in latents' if latent else 'pixels'}"
     if of_init and (of_init["image_size"], of_init["in_channels"]) != (size, args.in_channels):
-        raise ValueError(f"{args.init} is no model of {what}; give --image-size "
+        raise ValueError(f"{args.init} was not trained on {what}; give --image-size "
                          f"{of_init['image_size']}, or other data")
     if not latent:
         return open_data(args.data, size, args.seed)
@@ -682,8 +683,8 @@ def new_model(args, init, of_init):
             of_init["classes"] == args.classes
         if not same:
             weights[table] = model.state_dict()[table]
-            print(f"{args.init} knows {of_init['num_classes']} other classes than the "
-                  f"{args.num_classes} of {args.data}: the label table starts anew")
+            print(f"{args.init} was trained on other classes ({of_init['num_classes']}) than "
+                  f"{args.data} ({args.num_classes}): the label table starts anew")
         models.load_weights(model, weights, args.init)
     return model
 
@@ -737,10 +738,12 @@ class Log:
         self.bar.update()
 
     def flush(self, step):
-        """Write the losses up to this step: the only look at them, since it waits for the device.
+        """Write the losses up to this step. Nothing else reads them: it waits for the device.
 
         Raises ValueError after ten steps in a row without a finite loss and gradient.
         """
+        if not self.losses:
+            return
         args, losses, self.losses = self.trainer.args, torch.stack(self.losses), []
         if WORLD > 1:
             dist.all_reduce(losses)
@@ -770,13 +773,15 @@ class Interruption:
     def __init__(self):
         self.signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.note)
+            if signal.getsignal(number) != signal.SIG_IGN:       # as nohup has it
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
         if number == signal.SIGINT in self.signals:
             raise KeyboardInterrupt                 # the second Ctrl-C
         self.signals.append(number)
-        print("\nstopping after this pass")
+        with contextlib.suppress(OSError, RuntimeError):         # the terminal may be gone
+            print("\nstopping after this pass", flush=True)
 
     def __call__(self):
         noted = torch.tensor(len(self.signals))
@@ -817,6 +822,7 @@ def main():
     if RANK == 0:
         lock(args.out, "checkpoints", "samples")
         vae = models.load_vae(args.vae).to(device) if data.latent else None
+    del checkpoint, init                            # their files are mapped
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{args.model} ({count / 1e6:.1f} M parameters, {args.interpolant}) on {args.data} "
           f"{args.image_size}×{args.image_size}: steps {step} to {args.steps} of {args.batch} "
@@ -851,11 +857,13 @@ def main():
         nag = " --w-nag 3" if args.noise_drop else ""
         return print(f"finished: {args.out}/checkpoints/{step:07}.pt; now: "
                      f"python sample.py{nag} --ckpt {args.out}")
-    if log.losses:
-        log.flush(step)
+    log.flush(step)
     if step > start and RANK == 0:
         save(trainer, step)
-    print(f"stopped at step {step}; the same command goes on")
+    if WORLD > 1:
+        dist.barrier()                              # torchrun ends all when one has ended
+    with contextlib.suppress(OSError):              # the terminal may be gone
+        print(f"stopped at step {step}; the same command goes on", flush=True)
     raise SystemExit(128 + (interrupted.signals or [signal.SIGTERM])[0])      # so that && stops
 
 
@@ -865,7 +873,7 @@ def speed_of(trainer, data):
     if trainer.device.type == "cuda":
         batch = [part.pin_memory() for part in batch]
     calls = {"training": (lambda: trainer.step(batch, 1), trainer.flops)}
-    print(json.dumps(benchmark(calls, trainer.args, trainer.device)))
+    print(json.dumps(benchmark(calls, trainer.args, trainer.device, trainer.args.batch)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -907,7 +915,7 @@ def encode(args, device):
           f"{needed:.2f} GB, {len(todo)} of {len(files)} parts are missing")
     todo = todo[RANK::WORLD]
     numbers = [i for k in todo for i in parts[k]]
-    images = load(source, numbers, WORKERS, device)
+    images = load(source, numbers, WORKERS if args.workers is None else args.workers, device)
     with progress(total=len(numbers), unit="image", desc="encoding") as bar:
         for k in todo:
             moments = []
@@ -919,6 +927,7 @@ def encode(args, device):
                 bar.update(len(pixels))
             with replacing(files[k]) as file:
                 np.save(file, torch.cat(moments).numpy())
+    torch.cuda.empty_cache()                        # what the VAE used is free for training
     if WORLD > 1:
         dist.barrier()
 
@@ -976,7 +985,7 @@ def explanation(error):
     if "ompiler" in text:
         return "torch.compile finds no working compiler; give --no-compile"
     if WORLD > 1 and "by peer" in text:
-        return "another rank has ended"
+        return "another rank has stopped; its message says why"
 
 
 class Arguments(argparse.ArgumentParser):
@@ -995,7 +1004,8 @@ def number(kind, low=-math.inf, high=math.inf):
             if low <= (value := kind(text)) <= high and abs(value) < math.inf:
                 return value
         name = {int: "a whole number", float: "a number"}[kind]
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
+        limits = f" from {low:g} to {high:g}" if high < 2**62 else f" of at least {low:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}{limits * (low > -math.inf)}")
     return parse
 
 
@@ -1007,7 +1017,7 @@ def place(text):
 
 
 def leads_to(name):
-    """What exists under a name, so that two names of one place are equal; else the name itself."""
+    """Where a name leads on disk, so that two names of one place are equal; else the name."""
     return os.path.realpath(name) if isinstance(name, str) and os.path.exists(name) else name
 
 
@@ -1026,6 +1036,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:        # torch.save and np.save do not tell the reason
+        if "CUDA" in str(error):
+            raise
         why = getattr(error, "strerror", None) or "cannot be written; is the disk full?"
         raise OSError(getattr(error, "errno", None), why, str(path)) from None
     finally:
@@ -1075,11 +1087,12 @@ def newest_checkpoint(name):
     """The checkpoint that a name means: itself, or a run's newest."""
     if name in models.PUBLISHED or not Path(name).is_dir():
         return name
-    name = name.removesuffix("/checkpoints")
-    if not checkpoints(name):
+    name = str(Path(name).parent) if Path(name).name == "checkpoints" else name
+    found = checkpoints(name)
+    if not found:
         raise ValueError(f"no checkpoints in {name}/checkpoints; train some with: "
                          f"python train.py --out {name}")
-    return broadcast(str(checkpoints(name)[-1]))
+    return broadcast(str(found[-1]))
 
 
 def run_folder(ckpt):
@@ -1132,6 +1145,10 @@ def load(dataset, numbers, workers, device):
 
     Raises DataError for data that cannot be read, and where a worker was killed.
     """
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]        # beyond it, workers would hang
+    if workers and 0 <= files < 32 * (1 + workers):
+        raise DataError(f"{workers} workers need more open files than the {files} allowed; raise "
+                        "the limit, as by ulimit -n 1024, or give fewer --workers")
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=numbers,
                                          num_workers=workers, pin_memory=device.type == "cuda",
                                          worker_init_fn=ignore_signals)
@@ -1140,9 +1157,6 @@ def load(dataset, numbers, workers, device):
     except DataError as error:                      # a worker's message is a traceback
         raise DataError(str(error).rpartition("DataError: ")[2]) from None
     except (RuntimeError, OSError, EOFError) as error:
-        if "open files" in str(error):
-            raise DataError("too many open files; raise the limit (ulimit -n), or give fewer "
-                            "--workers") from None
         if isinstance(error, (ConnectionError, EOFError)):       # PyTorch finds it in several ways
             raise RuntimeError("DataLoader worker") from None
         raise
@@ -1156,7 +1170,7 @@ def ignore_signals(worker):
 
 
 def end_workers():
-    """End the processes that prepare batches: Python would wait for them, who ignore SIGTERM."""
+    """Kill the processes that prepare batches: they ignore SIGTERM, and Python would wait."""
     for worker in torch.multiprocessing.active_children():
         if worker.daemon:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # PyTorch would raise an error
@@ -1211,8 +1225,11 @@ def matmul_rate(device, precision, seconds=0.1):
     return 2 * n**3 * count / took
 
 
-def benchmark(calls, args, device, seconds=20):
-    """Time calls, {name: (call of a batch, FLOP per image)}, in turns; medians, ready for JSON."""
+def benchmark(calls, args, device, images, seconds=20):
+    """Time calls, {name: (call, FLOP per image)}, each of so many images on all ranks together.
+
+    They take turns, and the figures are medians, ready for JSON.
+    """
     times, rates, start = {name: [] for name in calls}, [], time.perf_counter()
     while len(rates) < 5 or broadcast(time.perf_counter() - start < seconds):
         rates.append(matmul_rate(device, args.precision, 0.2))
@@ -1224,7 +1241,7 @@ def benchmark(calls, args, device, seconds=20):
             times[name].append(time.perf_counter() - begun)
     rate, rows = WORLD * np.median(rates), {}
     for name, (_, flops) in calls.items():
-        speed = args.batch / np.median(times[name][2:])          # the first two compile
+        speed = images / np.median(times[name][2:])              # the first two compile
         rows[name] = {"images_per_s": round(speed, 3), "flops_per_image": flops,
                       "mfu": round(speed * flops / rate, 4)}
     if device.type == "cuda":

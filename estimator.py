@@ -34,6 +34,7 @@ import sample
 
 LEVELS = 19                                         # the shift is measured at so many levels
 PROBE = 0.03                                        # the known shift
+HELD_OUT = 0.1, 20_000                              # a tenth of the images, at most so many
 FILE = "runs/estimator-{}-{}.pt"                    # for data[-latents] and interpolant
 
 # A level shows twice in a state: in its noise, σ(t), and in the strength of its signal, α(t). The
@@ -45,26 +46,6 @@ JITTER = 0.4
 
 # --------------------------------------------------------------------------------------------------
 # Real data, of which a part is held out: to calibrate the estimator, and to compare samples with
-
-
-class Part(torch.utils.data.Subset):
-    """Some images of a data set, those with the given numbers, as a data set."""
-    endless = False
-    latent = property(lambda self: self.dataset.latent)
-
-    def images(self, indices, *rest):
-        return self.dataset.images(self.indices[indices], *rest)
-
-
-def split(source, seed):
-    """The data to train on, and those held out: a tenth, at most 5000; of shapes, 20,000 others."""
-    if source.endless:
-        return source, Part(source, np.arange(source.held_out, source.held_out + 20_000))
-    if len(source) < 2:
-        raise ValueError(f"{len(source)} image is too few to hold some out; give another --data")
-    order = train.generator(seed, "held out").permutation(len(source))
-    count = max(1, min(5000, len(source) // 10))
-    return Part(source, order[count:]), Part(source, order[:count])
 
 
 def load_images(data, most, size, seed):
@@ -152,7 +133,9 @@ def train_estimator(args):
     then = f"now: python estimator.py measure --w-nag 0 1 2 --judge {out}"
     if start >= args.steps:
         return print(f"{out} is finished; {then}")
-    training, held_out = split(source, args.seed)
+    training, held_out = train.split(source, args.seed, *HELD_OUT)
+    if not len(held_out):
+        raise ValueError(f"{len(source)} images are too few to hold some out; give another --data")
     if start == 0:
         x0 = train.to_float(load_images(training, 2048, args.input_size, args.seed).to(device))
         estimator.start_from(jitter(x0, JITTER, train.generator(args.seed, "jitter", 0)))
@@ -302,7 +285,7 @@ def open_judge(args, s, device):
         train.stop(f"{args.judge} cannot judge what it guides; train another one for --estimator")
     judge, own = sample.open_estimator(args.judge, s, judge=True)
     source = source or train.open_data(s["data"], s["image_size"], own["seed"])
-    _, held_out = split(source, own["seed"])
+    _, held_out = train.split(source, own["seed"], *HELD_OUT)
     return judge.to(device), load_images(held_out, 4 * args.num, s["input_size"], own["seed"])
 
 

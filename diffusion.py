@@ -294,14 +294,14 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
         time = path.network_time(t).to(x.device).expand(B)
 
         # D(t, y), then D(t, ∅) and D(?, y) where they are needed, in one batch
-        classes, hidden = [y], None
+        shown = torch.zeros(B, dtype=torch.bool, device=x.device)
+        branches = [(time, y, shown)]
         if use_cfg:
-            classes.append(torch.full_like(y, null_class))
+            branches.append((time, torch.full_like(y, null_class), shown))
         if use_nag:
-            classes.append(y)
-            hidden = torch.arange(len(classes) * B, device=x.device) >= (len(classes) - 1) * B
-        n = len(classes)
-        out = model(torch.cat([x] * n), torch.cat([time] * n), torch.cat(classes), hidden)
+            branches.append((time, y, ~shown))
+        times, classes, hidden = map(torch.cat, zip(*branches))
+        out = model(torch.cat([x] * len(branches)), times, classes, hidden)
         cond, *nulls = out[:, :C].split(B)
 
         result = cond

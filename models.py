@@ -47,9 +47,8 @@ def sincos_2d(width, side):
     omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega    # (side, width / 4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                 # (side, width / 2)
-    column = line[None, :, :].expand(side, side, -1)
-    row = line[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
+    column, row = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1)[None].float()
 
 
 class TimestepEmbedder(nn.Module):
@@ -92,16 +91,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]                    # (B, N, D), (B, D), (B, D)
 
@@ -112,7 +101,8 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size)
+        self.mlp = named(fc1=nn.Linear(hidden_size, 4 * hidden_size), gelu=nn.GELU("tanh"),
+                         fc2=nn.Linear(4 * hidden_size, hidden_size))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):

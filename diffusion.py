@@ -75,14 +75,13 @@ class Linear(Path):
     def sigma(self, t):
         return _double(t)
 
+    level = sigma                                   # σ = t
+
     def alpha_dot(self, t):
         return -torch.ones_like(_double(t))
 
     def sigma_dot(self, t):
         return torch.ones_like(_double(t))
-
-    def level(self, sigma):
-        return _double(sigma)
 
     def network_time(self, t):
         return _double(t).float()

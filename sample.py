@@ -223,7 +223,7 @@ def guidance_name(args):
 
 
 class FusedMlp(nn.Module):
-    """models.Mlp on a CPU in bf16: oneDNN applies GELU while the product is in the cache.
+    """A block's MLP on a CPU in bf16: oneDNN applies GELU while the product is in the cache.
 
     That takes 10 % off the time of a network. The operator is private, so to_bf16 tries it first.
     """

@@ -38,18 +38,14 @@ def sampling_arguments(add):
     weight, positive, path = train.number(float), train.number(int, 1), train.place
     add("--ckpt", type=path, metavar="PATH", help="checkpoint, folder of a run, or the published "
         f"{', '.join(models.PUBLISHED)} (default: the newest below runs)")
-    add("--model", choices=models.MODELS, metavar="NAME",
-        help="for a checkpoint of DiT's or SiT's own code that does not say what it holds")
-    add("--nag-interval", **level, help="where NAG acts (default: 0.1 0.6 on shapes, else 0 1)")
-    add("--cfg-scale", type=weight, default=1.0, metavar="S", help="of CFG (default: 1, neutral)")
-    add("--cfg-interval", default=(0.0, 1.0), **level, help="where CFG and the guide act")
-    add("--cfg-channels", type=positive, metavar="N",
-        help="CFG on the first N channels only; 3 in the published FIDs (default: all)")
-    add("--w-nag-classifier", type=weight, default=0.0, metavar="W",
-        help="weight of NAG by a noise estimator in place of the null branch (default: 0)")
-    add("--estimator", type=path, metavar="FILE", help="that one, from: python estimator.py train")
-    add("--guide", type=path, metavar="PATH", help="checkpoint of another model to be guided by: "
-        "a weaker one, or the one that this was tuned from")
+    add("--model", choices=models.MODELS, metavar="NAME", help="if the checkpoint does not say it")
+    add("--nag-interval", **level, help="levels of NAG (default: 0.1 0.6 on shapes, else 0 1)")
+    add("--cfg-scale", type=weight, default=1.0, metavar="S", help="scale of CFG (default: 1)")
+    add("--cfg-interval", default=(0, 1), **level, help="levels of CFG and guide (default: 0 1)")
+    add("--cfg-channels", type=positive, metavar="N", help="CFG on the first N only (default: all)")
+    add("--w-nag-classifier", type=weight, default=0.0, metavar="W", help="NAG by --estimator")
+    add("--estimator", type=path, metavar="FILE", help="a result of python estimator.py train")
+    add("--guide", type=path, metavar="PATH", help="a weaker model, or the one before tuning")
     add("--guide-scale", type=weight, default=1.0, metavar="S", help="default: 1, neutral")
     add("--guide-unconditional", action="store_true", help="ask it without class: domain guidance")
     add("--sampler", choices=SAMPLERS, help="default: ddpm on VP, sde on linear")
@@ -57,24 +53,20 @@ def sampling_arguments(add):
     add("--balanced", action="store_true", help="take the classes in turn (default: at random)")
     add("--seed", type=train.number(int, 0, 2**63 - 1), default=0, help="default: 0")
     add("--vae", type=path, metavar="FILE", help="default: that of the training, or downloaded")
-    add("--precision", choices=("fp32", "bf16"),
-        help="of the matrix products (default: bf16 where the processor has units for it)")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 where the processor has it")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
 
 
 def arguments():
     parser = train.Arguments(__doc__)
-    add, positive = parser.add_argument, train.number(int, 1)
-    add("--w-nag", type=train.number(float), default=0.0, metavar="W", help="weight of NAG")
+    add, number = parser.add_argument, train.number
+    add("--w-nag", type=number(float), default=0.0, metavar="W", help="weight of NAG (default: 0)")
     sampling_arguments(add)
-    add("--num", "--num-samples", type=positive, default=32, metavar="N",
-        help="number of images (default: 32); torchrun needs the longer name")
-    add("--batch", type=positive, default=64, help="images at a time on each rank (default: 64)")
+    add("--num", "--num-samples", type=number(int, 1), default=32, help="default: 32 images")
+    add("--batch", type=number(int, 1), default=64, help="images at a time on a rank (default: 64)")
     add("--classes", nargs="+", metavar="C", help="classes by name or number (default: all)")
-    add("--benchmark", action="store_true", help="measure the speed of --model (default: DiT-XL/2) "
-        "on latents, guided and not; one line of JSON")
-    add("--out", metavar="FILE", help=".png, .npz, or a folder/ for single images "
-        "(default: in the run's folder, named by the settings)")
+    add("--benchmark", action="store_true", help="speed of --model (default: DiT-XL/2), as JSON")
+    add("--out", metavar="FILE", help=".png, .npz, or folder/ (default: in the run's folder)")
     return parser
 
 
@@ -95,10 +87,7 @@ def open_checkpoint(name, model=None):
 
 
 def settle(args, ckpt, s, device):
-    """Fill in what the options leave open, and refuse what the checkpoint cannot do (ValueError).
-
-    s: the settings of the checkpoint.
-    """
+    """Fill in what the options leave open; ValueError for what a model of settings s cannot do."""
     drawn, pixels = train.is_drawn(s["data"]), s["image_size"] == s["input_size"]
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if drawn else 250)
@@ -108,7 +97,7 @@ def settle(args, ckpt, s, device):
 
     tune = f"--init {ckpt}{f' --model {args.model}' if args.model else ''} --noise-drop 0.1"
     mistakes = {
-        f"--sampler ddpm takes a model on vp and --steps 2 to 1000, not {s['interpolant']} and "
+        f"--sampler ddpm needs a model on vp and 2 to 1000 --steps, not {s['interpolant']} and "
         f"{args.steps}; use sde or ode":
             args.sampler == "ddpm" and not (s["interpolant"] == "vp" and 2 <= args.steps <= 1000),
         "--nag-interval and --cfg-interval take the lower level first":
@@ -156,11 +145,11 @@ def open_guides(args, s, device, decode=True):
     if args.guide:
         name, networks["guide"], own = open_checkpoint(args.guide)
         if args.guide_unconditional and not own["class_drop"]:
-            raise ValueError(f"--guide-unconditional needs a guide trained with class dropout, "
-                             f"{name} was not; leave it out")
+            raise ValueError(f"{name} was trained without class dropout; "
+                             "leave out --guide-unconditional")
         also = [] if args.guide_unconditional else ["num_classes"]
-        check_fit(name, own, s, also, "give a guide like it; --guide-unconditional may have "
-                  "other classes")
+        check_fit(name, own, s, also, "give a guide like it; with --guide-unconditional its "
+                  "classes may differ")
     if args.estimator:
         networks["estimator"], _ = open_estimator(args.estimator, s)
     if decode and s["image_size"] != s["input_size"]:
@@ -288,26 +277,22 @@ class Sampler:
                               "[{elapsed}<{remaining}, {rate_fmt}]")
 
 
-def in_batches(args):
-    return [range(i, min(i + args.batch, args.num)) for i in range(0, args.num, args.batch)]
-
-
-def write_grid(sampler, out, title):
+def write_grid(sampler, batches, out, title):
     """A labelled picture; with guidance, the same seeds without it stand beside it."""
     args, panels = sampler.args, {}
     guidances = {"no guidance": False, title: True} if title else {"no guidance": False}
     with sampler.bar(args.num * len(guidances)) as bar:
         for name, guidance in guidances.items():
-            images = [sampler(batch, bar, guidance)[0] for batch in in_batches(args)]
+            images = [sampler(batch, bar, guidance)[0] for batch in batches]
             panels[name] = torch.cat(images).cpu()
     names = [sampler.s["classes"][label] for label in sampler.classes(range(args.num))]
     train.save_png(train.picture(panels, 4 if args.num <= 16 else 8, names), out)
 
 
-def write_many(sampler, out, settings):
+def write_many(sampler, batches, out, settings):
     """A folder of single images, or an .npz, by all ranks; files that exist are finished.
 
-    What becomes an .npz is kept in OUT.partial, a file for each batch, until rank 0 joins them.
+    What becomes an .npz waits in OUT.partial, a file for each batch, until rank 0 joins them.
     """
     args, single = sampler.args, out.suffix != ".npz"
     folder = out if single else out.with_name(f"{out.name}.partial")
@@ -321,7 +306,7 @@ def write_many(sampler, out, settings):
         with train.replacing(begun) as file:
             file.write(note.encode())
     files = {}
-    for batch in in_batches(args):
+    for batch in batches:
         numbers, suffix = (batch, "png") if single else (batch[:1], "npy")
         files[batch] = [folder / f"{i:06}.{suffix}" for i in numbers]
     todo = [batch for batch in files if not all(file.exists() for file in files[batch])]
@@ -350,7 +335,7 @@ def join(parts, labels, out):
             for part in parts:
                 try:
                     images = np.load(part)
-                except (ValueError, EOFError) as error:
+                except Exception as error:  # numpy raises many kinds for damaged files
                     raise ValueError(f"{part} is damaged ({error}); remove it, and start the same "
                                      "command again") from None
                 if part == parts[0]:
@@ -397,8 +382,9 @@ def main():
     written = {name: os.path.getmtime(name) for name in files if name and os.path.exists(name)}
     settings = {**vars(args), "out": None, "ckpt": ckpt, "labels": labels, "written": written}
     if not args.out:
-        words = f"{Path(ckpt).stem} {args.sampler} {args.steps} {title} seed {args.seed}"
-        name = "-".join([*words.replace(",", "").split(), train.digest([json.dumps(settings)])[:6]])
+        digest = train.digest([json.dumps(settings)])[:6]
+        words = f"{Path(ckpt).stem} {args.sampler} {args.steps} {title} seed {args.seed} {digest}"
+        name = "-".join(words.replace(",", "").split())
         kind = ".png" if args.num <= GRID else ".npz"
         args.out = str(train.run_folder(ckpt) / "samples" / (name + kind))
     out = Path(args.out)
@@ -409,12 +395,13 @@ def main():
         return print(f"{out} is finished; remove it to draw it again")
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(model.to(device), s, args, labels, device, **open_guides(args, s, device))
+    batches = [range(args.num)[i:i + args.batch] for i in range(0, args.num, args.batch)]
     print(f"{ckpt}: {args.num} images in {args.steps} steps of {args.sampler}, "
           f"{title or 'no guidance'}, {args.precision}")
     if out.suffix != ".png":
-        write_many(sampler, out, settings)
+        write_many(sampler, batches, out, settings)
     elif train.RANK == 0:                           # a few images: alone
-        write_grid(sampler, out, title)
+        write_grid(sampler, batches, out, title)
     print(out)
 
 

@@ -293,9 +293,7 @@ def measure(args):
     begun, device = time.perf_counter(), train.join_ranks()
     ckpt, model, s = sample.open_checkpoint(args.ckpt, args.model)
     judge, real_images = open_judge(args, s, device)
-    args.precision = args.precision or train.broadcast(train.fast_precision(device))
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    sample.settle(args, ckpt, s)
+    sample.settle(args, ckpt, s, device)
     guides = sample.open_guides(args, s, device, decode=args.keep_images)
     out = Path(args.out) if args.out else train.run_folder(ckpt) / "shift"
     train.must_be_writable(out)
@@ -407,7 +405,8 @@ def main():
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="default: 0")
     add("--out", type=place, help="default: runs/estimator-<data>[-latents]-<interpolant>.pt")
     add = commands.add_parser("measure", story="Measure a checkpoint's noise shift.").add_argument
-    sample.sampling_arguments(add, several_weights=True)
+    add("--w-nag", type=number(float), nargs="+", default=[0.0], help="weights of NAG (default: 0)")
+    sample.sampling_arguments(add)
     add("--judge", type=place, help="the estimator to judge by (default: as --out of train)")
     add("--latents", type=place, help="real data of a model in latents (default: what it knows)")
     add("--num", "--num-samples", type=number(int, 2), default=1024, help="default: 1024 images")

@@ -221,10 +221,9 @@ def variance_bound(path, eps, v, x0, x_t, k):
     KL(q(x_{k−1}|x_k, x_0) ‖ p(x_{k−1}|x_k)), and at k = 0 the likelihood of the 8-bit pixels. Only
     v should learn from it, so eps comes detached.
     """
-    alpha_bar = path.alpha_bar.to(k.device)
-    on_x0, on_xt, low, high = (_like(table[k], x0) for table in ddpm_posterior(alpha_bar))
-    alpha_bar = _like(alpha_bar[k], x0)
-    x0_hat = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    tables = ddpm_posterior(path.alpha_bar.to(k.device))
+    on_x0, on_xt, low, high = (_like(table[k], x0) for table in tables)
+    x0_hat, _ = path.x0_eps(eps, x_t, (k + 1).double() / path.steps)
     mean, mean_hat = on_x0 * x0 + on_xt * x_t, on_x0 * x0_hat + on_xt * x_t
     log_var = learned_log_variance(v, low, high)
 

@@ -280,7 +280,13 @@ def open_judge(args, s, device):
         if s["data"] in ("imagenet", "unknown"):    # a published model does not name its folder
             s["data"] = source.note["data"]
     name = Path(s["data"]).name + "-latents" * latent
-    args.judge = args.judge or FILE.format(name, s["interpolant"])
+    if not args.judge:
+        args.judge = FILE.format(name, s["interpolant"])
+        if not Path(args.judge).exists() and not latent:
+            print(f"there is no {args.judge} to judge by yet, so it is trained first")
+            train_estimator(arguments().parse_args([
+                "train", "--data", s["data"], "--image-size", str(s["image_size"]),
+                "--interpolant", s["interpolant"]]))
     if args.estimator and train.leads_to(args.estimator) == train.leads_to(args.judge):
         train.stop(f"{args.judge} cannot judge what it guides; train another one for --estimator")
     judge, own = sample.open_estimator(args.judge, s, judge=True)
@@ -391,7 +397,7 @@ def line_chart(curves, x_label, y_label, title="", x_mark=None):
     return page.reduce(3)
 
 
-def main():
+def arguments():
     parser, number, place = train.Arguments(__doc__), train.number, train.place
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | measure")
     add = commands.add_parser("train", story="Train a noise estimator on real data.").add_argument
@@ -413,7 +419,11 @@ def main():
     add("--batch", type=number(int, 1), default=256, help="images at a time (default: 256)")
     add("--keep-images", action="store_true", help="write an .npz for each weight, for fid.py")
     add("--out", type=place, help="folder for shift.json, shift.png, .npz (default: <run>/shift)")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = arguments().parse_args()
     {"train": train_estimator, "measure": measure}[args.command](args)
 
 

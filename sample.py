@@ -28,6 +28,7 @@ from torch import nn
 import diffusion
 import models
 
+SHIPPED = Path(__file__).with_name("assets") / "shapes-SiT-Ti-2.pt"
 GRID = 64                                           # up to so many images become a picture
 SAMPLERS = {"ddpm": diffusion.sample_ddpm, "sde": diffusion.sample_sde, "ode": diffusion.sample_ode}
 
@@ -37,9 +38,9 @@ def sampling_arguments(add):
     level = dict(type=train.number(float, 0, 1), nargs=2, metavar=("LO", "HI"))
     weight, positive, path = train.number(float), train.number(int, 1), train.place
     add("--ckpt", type=path, metavar="PATH", help="checkpoint, folder of a run, or the published "
-        f"{', '.join(models.PUBLISHED)} (default: the newest below runs)")
+        f"{', '.join(models.PUBLISHED)} (default: the newest below runs, or the one in assets)")
     add("--model", choices=models.MODELS, metavar="NAME", help="if the checkpoint does not say it")
-    add("--nag-interval", **level, help="levels of NAG (default: 0.1 0.6 on shapes, else 0 1)")
+    add("--nag-interval", **level, help="levels of NAG (default: 0.1 1 on shapes, else 0 1)")
     add("--cfg-scale", type=weight, default=1.0, metavar="S", help="scale of CFG (default: 1)")
     add("--cfg-interval", default=(0, 1), **level, help="levels of CFG and guide (default: 0 1)")
     add("--cfg-channels", type=positive, metavar="N", help="CFG on the first N only (default: all)")
@@ -79,7 +80,9 @@ def open_checkpoint(name, model=None):
     if name is None:
         found = [path for path in Path("runs").glob("**/checkpoints/*.pt") if path.stem.isdecimal()]
         if not found:
-            raise ValueError("no checkpoint below runs; give --ckpt, or start python train.py")
+            found = [SHIPPED]
+            print(f"no checkpoint below runs, so {SHIPPED.name} is taken, which comes with this "
+                  "repository; train your own with: python train.py")
         name = train.broadcast(str(max(found, key=os.path.getmtime)))
     name = train.newest_checkpoint(name)
     with train.rank_0_first():
@@ -91,7 +94,9 @@ def settle(args, ckpt, s, device):
     drawn, pixels = train.is_drawn(s["data"]), s["image_size"] == s["input_size"]
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if drawn else 250)
-    args.nag_interval = args.nag_interval or ((0.1, 0.6) if drawn else (0.0, 1.0))
+    nag = np.any(args.w_nag) or args.w_nag_classifier
+    idle_interval = args.nag_interval and not nag
+    args.nag_interval = args.nag_interval or ((0.1, 1.0) if drawn else (0.0, 1.0))
     args.precision = args.precision or train.broadcast(train.fast_precision(device))
     args.compile = device.type == "cuda" if args.compile is None else args.compile
 
@@ -100,6 +105,9 @@ def settle(args, ckpt, s, device):
         f"--sampler ddpm needs a model on vp and 2 to 1000 --steps, not {s['interpolant']} and "
         f"{args.steps}; use sde or ode":
             args.sampler == "ddpm" and not (s["interpolant"] == "vp" and 2 <= args.steps <= 1000),
+        "--nag-interval has no effect without NAG; give a weight, --w-nag W": idle_interval,
+        "--cfg-channels has no effect without CFG; give a scale, --cfg-scale S":
+            args.cfg_channels and args.cfg_scale == 1,
         "--nag-interval and --cfg-interval take the lower level first":
             any(lo > hi for lo, hi in (args.nag_interval, args.cfg_interval)),
         f"--w-nag needs a model trained with noise dropout, {ckpt} was not; tune it: "
@@ -381,15 +389,16 @@ def main():
     files = ckpt, args.estimator, args.guide, args.vae or s.get("vae")
     written = {name: os.path.getmtime(name) for name in files if name and os.path.exists(name)}
     settings = {**vars(args), "out": None, "ckpt": ckpt, "labels": labels, "written": written}
-    if not args.out:
+    if args.out is None:
         digest = train.digest([json.dumps(settings)])[:6]
         words = f"{Path(ckpt).stem} {args.sampler} {args.steps} {title} seed {args.seed} {digest}"
         name = "-".join(words.replace(",", "").split())
         kind = ".png" if args.num <= GRID else ".npz"
         args.out = str(train.run_folder(ckpt) / "samples" / (name + kind))
     out = Path(args.out)
-    if out.suffix not in (".png", ".npz") and not out.is_dir() and not args.out.endswith(os.sep):
-        raise ValueError(f"--out {out} must end in .png, in .npz, or in / for a folder")
+    folder = args.out.endswith(os.sep) or args.out and out.is_dir()
+    if not folder and out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {args.out!r} must end in .png, in .npz, or in / for a folder")
     train.must_be_writable(out)
     if out.suffix == ".npz" and out.exists():
         return print(f"{out} is finished; remove it to draw it again")

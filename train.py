@@ -1159,6 +1159,8 @@ def run_folder(ckpt):
     if ckpt in models.PUBLISHED:
         return Path("runs", ckpt.replace("/", "-"))
     parent = Path(ckpt).parent
+    if parent.name == "assets":                     # what comes with the repository stays as it is
+        return Path("runs", Path(ckpt).stem)
     return parent.parent if parent.name == "checkpoints" else parent
 
 

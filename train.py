@@ -403,7 +403,7 @@ class Trainer:
         self.model = model.to(device)
         self.model.grad_checkpoint = args.grad_checkpoint
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0, fused=True)
+        self.optimizers = optimizers(model, args)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
         args.micro_batch = args.micro_batch or broadcast(fitting_micro_batch(self))
         args.micro_batch = min(self.share, args.micro_batch)
@@ -441,11 +441,15 @@ class Trainer:
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         finite = norm.isfinite()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(number)
-        self.scaler.step(self.optimizer)            # its scale is 1: it only leaves out bad steps
+        if len(self.optimizers) > 1:                # each looks at its own gradients only
+            for parameter in self.model.parameters():
+                parameter.grad *= torch.where(finite, 1, torch.nan)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(number)
+            self.scaler.step(optimizer)             # its scale is 1: it only leaves out bad steps
+            optimizer.zero_grad()
         self.scaler.update(1.0)
-        self.optimizer.zero_grad()
         with torch.no_grad():                       # the average starts short: a tenth of the run
             weight = (1 - min(self.args.ema, number / (number + 9))) * finite
             for average, parameter in zip(self.ema.parameters(), self.model.parameters()):
@@ -465,9 +469,25 @@ class Trainer:
         return (total[0] / total[1]).item()
 
     def learning_rate(self, number):
-        """Rises to --lr during the warm-up, then falls as 1 / sqrt(step)."""
-        warmup = self.args.warmup
-        return self.args.lr * (min(number / warmup, math.sqrt(warmup / number)) if warmup else 1)
+        """Rises to --lr during the warm-up; falls to zero over the last --cooldown of the run."""
+        args = self.args
+        rise = number / args.warmup if args.warmup else 1
+        fall = (args.steps - number + 1) / (args.cooldown * args.steps) if args.cooldown else 1
+        return args.lr * min(1, rise, fall)
+
+
+def optimizers(model, args):
+    """AdamW, as published; with --optimizer muon, Muon (Jordan et al., 2024) for the matrices of
+    the blocks, in steps as large as AdamW's, and AdamW for the rest."""
+    parts = {"opt": [], "muon": []}
+    for name, parameter in model.named_parameters():
+        matrix = name.startswith("blocks.") and parameter.ndim == 2
+        parts["muon" if matrix and args.optimizer == "muon" else "opt"].append(parameter)
+    found = {"opt": torch.optim.AdamW(parts["opt"], args.lr, weight_decay=0, fused=True)}
+    if parts["muon"]:
+        found["muon"] = torch.optim.Muon(parts["muon"], args.lr, weight_decay=0,
+                                         adjust_lr_fn="match_rms_adamw")
+    return found
 
 
 def fitting_micro_batch(trainer):
@@ -554,11 +574,13 @@ def write_grid(trainer, step, vae):
 # The run
 
 
-TI = dict(steps=4000, batch=32, lr=6e-3, warmup=300, ckpt_every=1000)
-TI_TUNING = dict(steps=400, lr=1.5e-3, warmup=40)   # beside these, from --init
-LARGE = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ckpt_every=5000)
+TI = dict(steps=4000, batch=32, optimizer="muon", lr=4e-3, warmup=100, cooldown=0.2,
+          ckpt_every=1000)
+TI_TUNING = dict(steps=400, lr=1e-3, warmup=40)     # beside these, from --init
+LARGE = dict(steps=400_000, batch=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0,
+             ckpt_every=5000)                       # as published
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr",
-         "warmup", "ema", "seed", "precision", "init")      # what may not change while a run lasts
+         "optimizer", "warmup", "cooldown", "ema", "seed", "precision", "init")
 
 
 def arguments():
@@ -591,9 +613,12 @@ def arguments():
     add("--micro-batch", type=positive, metavar="N",
         help="images per pass of a rank (default: what fits in memory)")
     add("--lr", type=number(float, 0),
-        help="of AdamW (default: 6e-3 for Ti, with --init 1.5e-3; else 1e-4)")
-    add("--warmup", type=whole, metavar="N", help="steps in which the rate rises to --lr, to fall "
-        "as 1/sqrt(step) after; 0: constant (default: 300 for Ti, with --init 40; else 0)")
+        help="learning rate (default: 4e-3 for Ti, with --init 1e-3; else 1e-4)")
+    add("--optimizer", choices=("adamw", "muon"), help="default: muon for Ti, else adamw")
+    add("--warmup", type=whole, metavar="N", help="steps in which the rate rises to --lr "
+        "(default: 100 for Ti, with --init 40; else 0)")
+    add("--cooldown", type=share, metavar="P",
+        help="last part of the run, in which the rate falls to zero (default: 0.2 for Ti, else 0)")
     add("--ema", type=share, metavar="DECAY", help="of the averaged weights (default: 0.9999)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     add("--out", type=place, metavar="DIR",
@@ -647,7 +672,8 @@ def settings(parser, device):
     parser.set_defaults(**{**saved, "model": model, "out": out, "command": shlex.join(sys.argv)})
     args = parser.parse_args()
 
-    for key in FIXED if saved else ():
+    fixed = FIXED + ("steps",) * bool(args.cooldown)         # what may not change during a run
+    for key in fixed if saved else ():
         if leads_to(getattr(args, key)) != leads_to(saved.get(key)):
             raise ValueError(f"{out} was started with --{key.replace('_', '-')} {saved.get(key)}, "
                              f"not {getattr(args, key)}; give another --out")
@@ -845,7 +871,8 @@ def save(trainer, step):
                          "start anew with a lower --lr and another --out")
     path = Path(args.out, "checkpoints", f"{step:07}.pt")
     checkpoint = {"model": trainer.model.state_dict(), "ema": trainer.ema.state_dict(),
-                  "opt": trainer.optimizer.state_dict(), "step": step, "settings": vars(args)}
+                  "step": step, "settings": vars(args),
+                  **{name: opt.state_dict() for name, opt in trainer.optimizers.items()}}
     with replacing(path) as file:
         torch.save(checkpoint, file)
     for old in checkpoints(args.out)[:-args.keep] if args.keep else ():
@@ -865,7 +892,8 @@ def main():
     if checkpoint:
         models.load_weights(trainer.model, checkpoint["model"], args.out)
         models.load_weights(trainer.ema, checkpoint["ema"], args.out)
-        trainer.optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))    # the file is mapped
+        for name, optimizer in trainer.optimizers.items():
+            optimizer.load_state_dict(copy.deepcopy(checkpoint[name]))         # the file is mapped
     if RANK == 0:
         lock(args.out, "checkpoints", "samples")
         vae = models.load_vae(args.vae).to(device) if data.latent else None

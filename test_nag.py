@@ -884,14 +884,16 @@ def free_port():
         return free.getsockname()[1]
 
 
-def limit(bytes_a_file=None, megabytes=None):
-    """From here on this process has a full disk, or memory for so much more than it has now."""
-    if bytes_a_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
-    if megabytes:
-        now = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-        size = 2**10 * int(now) + 2**20 * megabytes
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+def full_disk(size):
+    """From here on this process can write so many bytes into a file, and no more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def limit(megabytes):
+    """From here on this process has memory for so much more than it has now."""
+    now = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    size = 2**10 * int(now) + 2**20 * megabytes
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def losses(out):
@@ -1019,6 +1021,20 @@ def test_benchmarks_are_a_line_of_json(tmp_path, command, size, passes):
     assert not list(tmp_path.iterdir())
 
 
+def test_single_images_are_those_of_the_npz_and_files_hold_their_command(place):
+    command = "sample.py --ckpt runs/one/checkpoints --num 9 --batch 4 --steps 2 --precision fp32"
+    for out in ("singles/", "singles/", "together.npz"):
+        said = ok(place, f"{command} --out {out}")
+    with np.load(place / "together.npz") as file:
+        images = file["arr_0"]
+    files = sorted((place / "singles").glob("*.png"))
+    assert len(files) == 9 and files[8].name == "000008.png"
+    assert all(np.array_equal(Image.open(f), image) for f, image in zip(files, images))
+    assert Image.open(files[0]).text["command"] == f"{command} --out singles/"
+    assert "--steps 20" in state(place / "runs/one", 20)["settings"]["command"]
+    assert "finished" in ok(place, f"{command} --out together.npz") and "finished" not in said
+
+
 def test_latents_are_the_posteriors_of_both_flips_whoever_encodes_them(place):
     """Oracle: the VAE, asked image by image."""
     for ranks in (1, 2):
@@ -1056,18 +1072,23 @@ def test_an_unreadable_image_is_named_and_moving_it_lets_the_same_command_go_on(
     assert len(before) == 2 and before < parts()                # they were kept
 
 
-def test_the_whole_way_from_photos_and_published_weights_to_the_metrics(place):
-    """Encode, tune for NAG, sample with all guidance, decode, evaluate, measure the shift."""
-    after, before = state(place / "runs/tuned", 2), models.load_file(place / "published.pt")
+def test_tuning_starts_from_the_weights_and_for_other_classes_from_a_new_label_table(place):
+    """AdamW moves a weight by no more than about lr in a step."""
     table = "y_embedder.embedding_table.weight"
+    after, before = state(place / "runs/tuned", 2), models.load_file(place / "published.pt")
     assert after["settings"]["classes"] == ["a", "b", "c"] and len(after["model"][table]) == 4
     moved = max((after["model"][key] - before[key]).abs().max() for key in before.keys() - {table})
-    assert 0 < moved < 2 * after["settings"]["lr"]  # AdamW: by no more than lr in a step
+    assert 0 < moved < 2 * after["settings"]["lr"]
+    ok(place, f"{SMALL} --init runs/one --steps 1 --lr 1e-6 --out runs/same", NO_GRID)
+    after, before = state(place / "runs/same", 1)["model"], state(place / "runs/one", 20)["ema"]
+    assert all((after[key] - before[key]).abs().max() < 2e-6 for key in before)  # the table, too
 
-    for name, guidance in (("plain", ""), ("guided", "--w-nag 2 --cfg-scale 1.5 --guide runs/tuned "
-                                           "--guide-unconditional --guide-scale 1.5")):
-        ok(place, "sample.py --ckpt runs/tuned --num 8 --steps 3 --balanced --precision fp32 "
-           f"{guidance} --out {name}.npz")
+
+def test_tuned_weights_are_sampled_with_all_guidance_evaluated_and_their_shift_measured(place):
+    command = "sample.py --ckpt runs/tuned --num 8 --steps 3 --balanced --precision fp32"
+    ok(place, f"{command} --out plain.npz")
+    ok(place, f"{command} --w-nag 2 --cfg-scale 1.5 --guide runs/tuned --guide-unconditional "
+       "--guide-scale 1.5 --out guided.npz")
     with np.load(place / "plain.npz") as plain, np.load(place / "guided.npz") as guided:
         assert guided["arr_0"].shape == (8, 32, 32, 3)
         assert guided["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
@@ -1076,10 +1097,6 @@ def test_the_whole_way_from_photos_and_published_weights_to_the_metrics(place):
     ok(place, "estimator.py train --latents latents --interpolant vp --steps 3 --batch 4")
     ok(place, "estimator.py measure --ckpt runs/tuned --num 4 --steps 4 --w-nag 0 1")
     assert len(json.loads((place / "runs/tuned/shift/shift.json").read_text())["settings"]) == 2
-
-    ok(place, f"{SMALL} --init runs/one --steps 1 --lr 1e-6 --out runs/same")
-    after, before = state(place / "runs/same", 1)["model"], state(place / "runs/one", 20)["ema"]
-    assert all((after[key] - before[key]).abs().max() < 2e-6 for key in before)  # the table, too
 
 
 def test_measure_tells_the_shift_of_every_weight_and_of_an_estimator_as_guide(place):
@@ -1347,20 +1364,6 @@ def test_steps_before_an_unreadable_image_are_saved(place):
     assert state(place / "runs/spoilt", 5)["step"] == len(losses(place / "runs/spoilt")) == 5
 
 
-def test_single_images_are_those_of_the_npz_and_files_hold_their_command(place):
-    command = "sample.py --ckpt runs/one/checkpoints --num 9 --batch 4 --steps 2 --precision fp32"
-    for out in ("singles/", "singles/", "together.npz"):
-        said = ok(place, f"{command} --out {out}")
-    with np.load(place / "together.npz") as file:
-        images = file["arr_0"]
-    files = sorted((place / "singles").glob("*.png"))
-    assert len(files) == 9 and files[8].name == "000008.png"
-    assert all(np.array_equal(Image.open(f), image) for f, image in zip(files, images))
-    assert Image.open(files[0]).text["command"] == f"{command} --out singles/"
-    assert "--steps 20" in state(place / "runs/one", 20)["settings"]["command"]
-    assert "finished" in ok(place, f"{command} --out together.npz") and "finished" not in said
-
-
 def test_of_several_ranks_one_tells_the_error_and_all_end(tmp_path):
     run = Run(tmp_path, "train.py --batch 3", ranks=2)
     assert "a batch of 3 cannot be shared by 2 ranks" in run.error()
@@ -1451,7 +1454,7 @@ def test_a_process_that_prepares_batches_and_is_killed_is_told_in_one_line(place
     ("sample.py --ckpt runs/one --num 70 --batch 9 --steps 2 --out full.npz", 14_000, "full.npz")])
 def test_a_full_disk_names_the_file_and_with_room_again_the_command_goes_on(
         place, command, size, named):
-    line = Run(place, command, NO_GRID, f"limit({size})").error()
+    line = Run(place, command, NO_GRID, f"full_disk({size})").error()
     assert named in line and re.search("too large|disk", line)
     assert not list(place.glob("*/**/.*.tmp")) and not (place / "full.npz").exists()
     ok(place, command, NO_GRID)
@@ -1622,7 +1625,7 @@ FUZZED = [  # a file, spoilt in a copy of its folder that is named case, and who
 @pytest.mark.parametrize("count", [18, pytest.param(1000, marks=slow)])
 def test_damaged_files_end_in_one_line_or_in_success(place, tmp_path, count):
     """Without running code that is in them, and without taking gigabytes of memory."""
-    rng, ends, wrong = np.random.default_rng(0), {0: 0, 2: 0}, []
+    rng, ends = np.random.default_rng(0), {0: 0, 2: 0}
     good, case = tmp_path / "good", tmp_path / "case"
     (good / "pictures").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(place / "runs")
@@ -1640,14 +1643,11 @@ def test_damaged_files_end_in_one_line_or_in_success(place, tmp_path, count):
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(tmp_path / folder, case)
         (case / file).write_bytes(damage(contents[number % len(FUZZED)], others, rng))
-        run = Run(tmp_path, command, NO_GRID, NO_VAE, OFFLINE, "limit(megabytes=4000)")
-        try:
-            assert run.end().status == 0 or run.error()
-            assert not (tmp_path / "TRAPPED").exists()
-        except AssertionError as error:
-            wrong.append(f"{number}: {command}, {run.status}, {str(error)[-1500:]}")
-        ends[run.status] = ends.get(run.status, 0) + 1
-    assert not wrong, "\n".join(wrong[:5])
+        print(number, command)                      # of these, the last is the one that failed
+        run = Run(tmp_path, command, NO_GRID, NO_VAE, OFFLINE, "limit(4000)")
+        assert run.end().status == 0 or run.error()
+        assert not (tmp_path / "TRAPPED").exists()
+        ends[run.status] += 1
     assert ends[0] > count / 20 and ends[2] > count / 3, ends
 
 
@@ -1655,7 +1655,7 @@ def test_fifty_thousand_images_are_never_all_in_memory(place):
     """Of their 614 MB, less than a third; a stub stands for the network."""
     stub = "torch.zeros(len(rows), 3, 64, 64, dtype=torch.uint8), torch.ones(len(rows))"
     ok(place, "sample.py --ckpt runs/one --num 50000 --batch 500 --out many.npz",
-       f"sample.Sampler.__call__ = lambda self, rows, bar: ({stub})", "limit(megabytes=200)")
+       f"sample.Sampler.__call__ = lambda self, rows, bar: ({stub})", "limit(200)")
     with np.load(place / "many.npz") as file:
         assert len(file["arr_1"]) == 50_000 and file["arr_1"].all()
         assert file["arr_0"].shape == (50_000, 64, 64, 3) and not file["arr_0"][::5000].any()
@@ -1668,17 +1668,17 @@ def test_images_of_256_are_read_in_a_stream(tmp_path, count):
     np.savez_compressed(tmp_path / "many.npz", arr_0=black)
     ok(tmp_path, "fid.py many.npz many.npz --features random --metrics fid",
        "fid.RandomFeatures.forward = lambda self, images: (images[:, 0, 0].float(),)",
-       "limit(megabytes=200)", seconds=3000)
+       "limit(200)", seconds=3000)
 
 
 def test_training_the_tiny_model_takes_less_than_1500_megabytes(tmp_path):
-    ok(tmp_path, "train.py --model DiT-Ti/2 --steps 2 --out run", "limit(megabytes=1200)")
+    ok(tmp_path, "train.py --model DiT-Ti/2 --steps 2 --out run", "limit(1200)")
 
 
 @slow
 def test_twenty_thousand_steps_leave_memory_and_files_as_they_were(tmp_path):
     """Forty checkpoints are written on the way: less than 10 MB for each, and no file left open."""
     ok(tmp_path, "train.py --image-size 4 --batch 1 --precision fp32 --workers 0 --ckpt-every 500 "
-       "--keep 2 --steps 20000 --out run", "limit(megabytes=300)",
+       "--keep 2 --steps 20000 --out run", "limit(300)",
        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))", seconds=3000)
     assert len(losses(tmp_path / "run")) == 20_000 and len(train.checkpoints(tmp_path / "run")) == 2

@@ -595,11 +595,13 @@ def test_truncated_normal_is_scipys_also_where_its_mass_has_no_place_in_a_float(
         (-0.3, 0.1, 0.05), (0.0, 0.5, 0.9), (0.4, 0.02, 0.41), (0.97, 0.1, 0.99), (1.2, 0.3, 0.5),
         (-0.9, 0.01, 0.001), (10.0, 0.02, 0.999), (-4.0, 0.01, 1e-4), (1.0, 1.0, 0.0)]).double().T
     theirs = truncnorm(-loc / scale, (1 - loc) / scale, loc, scale)
-    ours = lambda loc: models.TruncatedNormal(loc, scale)
-    for got, want in ((ours(loc).log_prob(t), theirs.logpdf(t)), (ours(loc).cdf(t), theirs.cdf(t)),
-                      (ours(loc).mean(), theirs.mean())):
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-    assert gradient(lambda loc: ours(loc).log_prob(t), loc).isfinite().all()
+    ours = models.TruncatedNormal(loc, scale)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    same(ours.log_prob(t), theirs.logpdf(t))
+    same(ours.cdf(t), theirs.cdf(t))
+    same(ours.mean(), theirs.mean())
+    of_loc = gradient(lambda loc: models.TruncatedNormal(loc, scale).log_prob(t), loc)
+    assert of_loc.isfinite().all()
 
 
 @pytest.mark.parametrize("size, channels", [(8, 3), (7, 1), (32, 4)])
@@ -1161,9 +1163,9 @@ def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
         assert plain["fid"] < 0.2 * dark["fid"] and plain["precision"] > 2 * dark["precision"]
     alone, _ = compared(sets, f"{files[3]} shapes --num 600")
     assert all(rows[3][key] == pytest.approx(alone[key], rel=1e-5) for key in ("fid", "recall"))
-    for name, *seeds in (("dark", *rows[::2]), ("plain", *rows[1::2])):
-        (line,), (a, b) = [text for text in said.splitlines() if name in text], (
-            row["recall"] for row in seeds)
+    for name, seeds in (("dark", rows[::2]), ("plain", rows[1::2])):
+        a, b = (row["recall"] for row in seeds)
+        line = next(line for line in said.splitlines() if name in line)
         assert f"{(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f}" in line
 
 

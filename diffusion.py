@@ -26,9 +26,9 @@ import torch
 # The two interpolants: how much data and noise a level holds, and what the network predicts
 
 
-def _level(t):
-    """A number as a float64 tensor (); a tensor as it is."""
-    return t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
+def _double(number):
+    """A level or a deviation, a number or a tensor, as a float64 tensor."""
+    return torch.as_tensor(number, dtype=torch.float64)
 
 
 def _like(coefficient, x):
@@ -39,8 +39,12 @@ def _like(coefficient, x):
 
 
 class Path:
-    """An interpolant. At one (x, t), what the network predicts, E[x_0|x, t], E[ε|x, t] and the
-    score are affine in each other; x0_eps turns the prediction into the first two."""
+    """An interpolant: α(t), σ(t) and their slopes in float64, and what the network is asked.
+
+    At one (x, t), what the network predicts, E[x_0|x, t], E[ε|x, t] and the score are affine in
+    each other; x0_eps turns the prediction into the first two. level is the inverse of σ, and
+    draw_levels gives n training levels from a numpy Generator.
+    """
 
     def velocity(self, prediction, x, t):
         """E[dx_t/dt|x, t] = α' E[x_0|x, t] + σ' E[ε|x, t]."""
@@ -52,6 +56,10 @@ class Path:
         _, eps = self.x0_eps(prediction, x, t)
         return -eps / _like(self.sigma(t), x)
 
+    def prediction_per_score(self, t):
+        """How the prediction moves when the score moves by 1, so ε by −σ and x_0 by σ²/α."""
+        return self.target(self.sigma(t)**2 / self.alpha(t), -self.sigma(t))
+
 
 class Linear(Path):
     """α = 1 − t, σ = t: flow matching as in SiT (Ma et al., 2024).
@@ -62,26 +70,23 @@ class Linear(Path):
     learns_variance, t_min = False, 0.0             # t_min: from there on the velocity is finite
 
     def alpha(self, t):
-        return 1 - _level(t)
+        return 1 - _double(t)
 
     def sigma(self, t):
-        return _level(t)
+        return _double(t)
+
+    level = sigma                                   # σ = t
 
     def alpha_dot(self, t):
-        return -torch.ones_like(_level(t))
+        return -torch.ones_like(_double(t))
 
     def sigma_dot(self, t):
-        return torch.ones_like(_level(t))
-
-    def level(self, sigma):
-        """The t in [0, 1] with σ(t) = sigma."""
-        return _level(sigma)
+        return torch.ones_like(_double(t))
 
     def network_time(self, t):
-        return _level(t)
+        return _double(t).float()
 
     def draw_levels(self, rng, n):
-        """n training levels from a numpy Generator."""
         return rng.random(n)
 
     def target(self, x0, eps):
@@ -89,15 +94,11 @@ class Linear(Path):
 
     def x0_eps(self, v, x, t):
         """E[x_0|x, t] = x − t v, E[ε|x, t] = x + (1 − t) v."""
-        t = _like(_level(t), x)
+        t = _like(_double(t), x)
         return x - t * v, x + (1 - t) * v
 
     def velocity(self, v, x, t):
         return v
-
-    def prediction_per_score(self, t):
-        """How much v moves when the score moves by 1; infinite at t = 1."""
-        return -self.sigma(t) / self.alpha(t)
 
 
 class VP(Path):
@@ -116,60 +117,46 @@ class VP(Path):
         self.log_alpha = torch.cat([torch.ones(1), self.alpha_bar]).log() / 2   # t = 0, 0.001, … 1
 
     def _position(self, t):
-        """1000 t in float64, on the table where it nearly is."""
-        position = self.steps * t.double()
+        """1000 t, on the table where it nearly is; and that table, of log α, on the same device."""
+        position = self.steps * _double(t)
         near = (position - position.round()).abs() < 1e-3
-        return torch.where(near, position.round(), position)
+        return torch.where(near, position.round(), position), self.log_alpha.to(position.device)
 
     def _log_alpha(self, t):
-        table, position = self.log_alpha.to(t.device), self._position(t)
+        position, table = self._position(t)
         below = position.floor().long().clamp(0, self.steps - 1)
         return torch.lerp(table[below], table[below + 1], position - below)
 
-    def _log_alpha_dot(self, t):
-        """Slope of log α; at a knot of the table, where it jumps, the mean of both sides."""
-        table, position = self.log_alpha.to(t.device), self._position(t)
-        left = (position.ceil().long() - 1).clamp(0, self.steps - 1)
-        right = position.floor().long().clamp(0, self.steps - 1)
-        return self.steps * (table[left + 1] - table[left] + table[right + 1] - table[right]) / 2
-
     def alpha(self, t):
-        t = _level(t)
-        return self._log_alpha(t).exp().to(t.dtype)
+        return self._log_alpha(t).exp()
 
     def sigma(self, t):
-        t = _level(t)
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt().to(t.dtype)
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
     def alpha_dot(self, t):
-        t = _level(t)
-        return (self._log_alpha_dot(t) * self._log_alpha(t).exp()).to(t.dtype)
+        """α (log α)'; at a knot of the table, where the slope jumps, the mean of both sides."""
+        position, table = self._position(t)
+        left = (position.ceil().long() - 1).clamp(0, self.steps - 1)
+        right = position.floor().long().clamp(0, self.steps - 1)
+        rise = (table[left + 1] - table[left] + table[right + 1] - table[right]) / 2
+        return self.steps * rise * self.alpha(t)
 
     def sigma_dot(self, t):
         return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
 
     def level(self, sigma):
-        """The t in [0, 1] with σ(t) = sigma: log α = ½ log(1 − σ²), interpolated back."""
-        sigma = _level(sigma)
-        table, log_alpha = self.log_alpha.to(sigma.device), torch.log1p(-sigma.double()**2) / 2
+        """log α = ½ log(1 − σ²), looked up in the table backwards."""
+        log_alpha = torch.log1p(-_double(sigma)**2) / 2
+        table = self.log_alpha.to(log_alpha.device)
         above = torch.searchsorted(-table, -log_alpha).clamp(1, self.steps)       # the table falls
         part = (log_alpha - table[above - 1]) / (table[above] - table[above - 1])
-        return ((above - 1 + part) / self.steps).to(sigma.dtype)
+        return (above - 1 + part) / self.steps
 
     def network_time(self, t):
-        t = _level(t)
-        return (self._position(t) - 1).to(t.dtype)
+        return (self._position(t)[0] - 1).float()
 
     def draw_levels(self, rng, n):
-        """n training levels from a numpy Generator."""
         return (1 + rng.integers(0, self.steps, n)) / self.steps
-
-    def table_step(self, t):
-        """k, int64; on a CPU raises ValueError for levels between the steps (a GPU would stall)."""
-        k = self.network_time(t.double())
-        if t.device.type == "cpu" and ((k != k.round()) | (k < 0) | (k >= self.steps)).any():
-            raise ValueError(f"training levels of VP must be multiples of 1/1000, not {t.tolist()}")
-        return k.long()
 
     def target(self, x0, eps):
         return eps
@@ -177,10 +164,6 @@ class VP(Path):
     def x0_eps(self, eps, x, t):
         """E[x_0|x, t] = (x − σ ε) / α, and ε as it is."""
         return (x - _like(self.sigma(t), x) * eps) / _like(self.alpha(t), x), eps
-
-    def prediction_per_score(self, t):
-        """How much ε moves when the score moves by 1."""
-        return -self.sigma(t)
 
 
 def add_noise(path, x0, eps, t):
@@ -200,13 +183,15 @@ def training_loss(model, path, x0, y, t, eps, drop_noise=None):
     Raises ValueError for levels between the steps of VP.
     """
     x_t = add_noise(path, x0, eps, t)
-    out = model(x_t, path.network_time(t), y, drop_noise=drop_noise)
+    time = path.network_time(t)
+    on_cpu = t.device.type == "cpu"                 # a GPU would have to wait for the answer
+    if isinstance(path, VP) and on_cpu and not torch.isin(time, torch.arange(path.steps)).all():
+        raise ValueError(f"training levels of VP must be multiples of 1/1000, not {t.tolist()}")
+    out = model(x_t, time, y, drop_noise=drop_noise)
     prediction, variance = out.tensor_split([x0.shape[1]], dim=1)
     loss = (prediction - path.target(x0, eps)).square().flatten(1).mean(1)
-    if path.learns_variance:
-        k = path.table_step(t)
-        if variance.shape[1]:
-            loss = loss + variance_bound(path, prediction.detach(), variance, x0, x_t, k)
+    if path.learns_variance and variance.shape[1]:
+        loss = loss + variance_bound(path, prediction.detach(), variance, x0, x_t, time.long())
     return loss
 
 
@@ -236,18 +221,16 @@ def variance_bound(path, eps, v, x0, x_t, k):
     KL(q(x_{k−1}|x_k, x_0) ‖ p(x_{k−1}|x_k)), and at k = 0 the likelihood of the 8-bit pixels. Only
     v should learn from it, so eps comes detached.
     """
-    alpha_bar = path.alpha_bar.to(k.device)
-    on_x0, on_xt, low, high = (_like(table[k], x0) for table in ddpm_posterior(alpha_bar))
-    alpha_bar = _like(alpha_bar[k], x0)
-    x0_hat = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    tables = ddpm_posterior(path.alpha_bar.to(k.device))
+    on_x0, on_xt, low, high = (_like(table[k], x0) for table in tables)
+    x0_hat, _ = path.x0_eps(eps, x_t, (k + 1).double() / path.steps)
     mean, mean_hat = on_x0 * x0 + on_xt * x_t, on_x0 * x0_hat + on_xt * x_t
     log_var = learned_log_variance(v, low, high)
 
     square = (mean - mean_hat).square()
     kl = (log_var - low + (low - log_var).exp() + square * (-log_var).exp() - 1) / 2
     nll = -discretized_log_likelihood(x0, mean_hat, log_var / 2)
-    first = (k == 0).reshape(-1, *[1] * (x0.ndim - 1))
-    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
+    return torch.where(_like(k, x0) == 0, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def discretized_log_likelihood(x, mean, log_std):
@@ -300,27 +283,24 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
             raise ValueError(f"{name} is {lo:g} to {hi:g}; it must be 0 <= lo <= hi <= 1")
     if null_class is None:
         null_class = getattr(model, "num_classes", None)
-
-    def inside(t, interval):
-        return interval[0] - 1e-6 < t < interval[1] + 1e-6
+    inside = lambda t, interval: interval[0] - 1e-6 < t < interval[1] + 1e-6
 
     def denoise(x, t):
         t, B, C = float(t), *x.shape[:2]
         use_cfg = cfg_scale != 1 and inside(t, cfg_interval)
         use_nag = w_nag != 0 and inside(t, nag_interval)
-        time = path.network_time(t).to(x.device, torch.float32).expand(B)
+        time = path.network_time(t).to(x.device).expand(B)
 
         # D(t, y), then D(t, ∅) and D(?, y) where they are needed, in one batch
-        classes, hidden = [y], None
+        shown = torch.zeros(B, dtype=torch.bool, device=x.device)
+        branches = [(time, y, shown)]
         if use_cfg:
-            classes.append(torch.full_like(y, null_class))
+            branches.append((time, torch.full_like(y, null_class), shown))
         if use_nag:
-            classes.append(y)
-            hidden = torch.arange(len(classes) * B, device=x.device) >= (len(classes) - 1) * B
-        n = len(classes)
-        out = model(torch.cat([x] * n), torch.cat([time] * n), torch.cat(classes), hidden)
+            branches.append((time, y, ~shown))
+        times, classes, hidden = map(torch.cat, zip(*branches))
+        out = model(torch.cat([x] * len(branches)), times, classes, hidden)
         cond, *nulls = out[:, :C].split(B)
-        variance = out[:B, C:]
 
         result = cond
         if use_cfg:
@@ -339,9 +319,7 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
             push = w_classifier * classifier(x, t).to(x)
             result = result + path.prediction_per_score(t) * push
 
-        if path.learns_variance and variance.shape[1] == C:
-            return torch.cat([result, variance], dim=1)
-        return result
+        return torch.cat([result, out[:B, C:]], dim=1) if path.learns_variance else result
 
     return denoise
 
@@ -387,8 +365,7 @@ def sample_sde(denoise, x, path, steps=250, randn=torch.randn_like, last_step=0.
     Raises ValueError for steps < 1 or last_step outside (0, 1).
     """
     if steps < 1 or not 0 < last_step < 1:
-        raise ValueError(f"sde needs at least 1 step and 0 < last_step < 1, "
-                         f"not {steps} and {last_step:g}")
+        raise ValueError(f"sde needs steps >= 1 and 0 < last_step < 1, not {steps}, {last_step:g}")
     levels = torch.linspace(1, last_step, steps, dtype=torch.float64)
     for i, t in enumerate(levels):
         prediction = denoise(x, t)[:, :x.shape[1]]
@@ -411,11 +388,8 @@ def sample_ode(denoise, x, path, steps=50, method="heun", t_end=0.0):
     if method not in ("euler", "heun"):
         raise ValueError(f"unknown ode method {method!r}; use euler or heun")
     if steps < 1 or not 0 <= t_end < 1:
-        raise ValueError(f"ode needs at least 1 step and 0 <= t_end < 1, not {steps} and {t_end:g}")
-
-    def velocity(x, t):
-        return path.velocity(denoise(x, t)[:, :x.shape[1]], x, t)
-
+        raise ValueError(f"ode needs steps >= 1 and 0 <= t_end < 1, not {steps}, {t_end:g}")
+    velocity = lambda x, t: path.velocity(denoise(x, t)[:, :x.shape[1]], x, t)
     levels = torch.linspace(1, max(t_end, path.t_min), steps + 1, dtype=torch.float64)
     for t, t_next in zip(levels[:-1], levels[1:]):
         v = velocity(x, t)
@@ -438,7 +412,7 @@ def noise_shift(path, t, sigma_e, first_order=False):
     expansion δ ≈ (sqrt(σ² + σ_e²) − σ) / σ'(t). t and sigma_e: numbers, or tensors that broadcast.
     Raises ValueError for t outside [0, 1], and where no level holds that much noise.
     """
-    t, sigma_e = _level(t), _level(sigma_e)
+    t, sigma_e = _double(t), _double(sigma_e)
     if not ((t >= 0) & (t <= 1)).all():
         raise ValueError("noise_shift needs levels t in [0, 1]")
     sigma = path.sigma(t)
@@ -447,8 +421,7 @@ def noise_shift(path, t, sigma_e, first_order=False):
         return (total - sigma) / path.sigma_dot(t)
     most = path.sigma(1.0).item()
     if not (total <= most + 1e-6).all():
-        raise ValueError(f"no level holds noise of standard deviation {total.max().item():g}: "
-                         f"the most is {most:g}, at t = 1")
+        raise ValueError(f"no level holds noise of deviation {total.max().item():g}, only {most:g}")
     return path.level(total.clamp(max=most)) - t
 
 
@@ -457,4 +430,4 @@ def extra_noise(path, t, shift):
 
     σ_e² = σ(t + δ)² − σ(t)², where t + δ is at most 1.
     """
-    return (path.sigma((_level(t) + shift).clamp(max=1.0))**2 - path.sigma(t)**2).sqrt()
+    return (path.sigma((_double(t) + shift).clamp(max=1.0))**2 - path.sigma(t)**2).sqrt()

@@ -34,6 +34,7 @@ import sample
 
 LEVELS = 19                                         # the shift is measured at so many levels
 PROBE = 0.03                                        # the known shift
+HELD_OUT = 0.1, 20_000                              # a tenth of the images, at most so many
 FILE = "runs/estimator-{}-{}.pt"                    # for data[-latents] and interpolant
 
 # A level shows twice in a state: in its noise, σ(t), and in the strength of its signal, α(t). The
@@ -45,26 +46,6 @@ JITTER = 0.4
 
 # --------------------------------------------------------------------------------------------------
 # Real data, of which a part is held out: to calibrate the estimator, and to compare samples with
-
-
-class Part(torch.utils.data.Subset):
-    """Some images of a data set, those with the given numbers, as a data set."""
-    endless = False
-    latent = property(lambda self: self.dataset.latent)
-
-    def images(self, indices, *rest):
-        return self.dataset.images(self.indices[indices], *rest)
-
-
-def split(source, seed):
-    """The data to train on, and those held out: a tenth, at most 5000; of shapes, 20,000 others."""
-    if source.endless:
-        return source, Part(source, np.arange(source.held_out, source.held_out + 20_000))
-    if len(source) < 2:
-        raise ValueError(f"{len(source)} image is too few to hold some out; give another --data")
-    order = train.generator(seed, "held out").permutation(len(source))
-    count = max(1, min(5000, len(source) // 10))
-    return Part(source, order[count:]), Part(source, order[:count])
 
 
 def load_images(data, most, size, seed):
@@ -152,7 +133,9 @@ def train_estimator(args):
     then = f"now: python estimator.py measure --w-nag 0 1 2 --judge {out}"
     if start >= args.steps:
         return print(f"{out} is finished; {then}")
-    training, held_out = split(source, args.seed)
+    training, held_out = train.split(source, args.seed, *HELD_OUT)
+    if not len(held_out):
+        raise ValueError(f"{len(source)} images are too few to hold some out; give another --data")
     if start == 0:
         x0 = train.to_float(load_images(training, 2048, args.input_size, args.seed).to(device))
         estimator.start_from(jitter(x0, JITTER, train.generator(args.seed, "jitter", 0)))
@@ -297,12 +280,18 @@ def open_judge(args, s, device):
         if s["data"] in ("imagenet", "unknown"):    # a published model does not name its folder
             s["data"] = source.note["data"]
     name = Path(s["data"]).name + "-latents" * latent
-    args.judge = args.judge or FILE.format(name, s["interpolant"])
+    if not args.judge:
+        args.judge = FILE.format(name, s["interpolant"])
+        if not Path(args.judge).exists() and not latent:
+            print(f"there is no {args.judge} to judge by yet, so it is trained first")
+            train_estimator(arguments().parse_args([
+                "train", "--data", s["data"], "--image-size", str(s["image_size"]),
+                "--interpolant", s["interpolant"]]))
     if args.estimator and train.leads_to(args.estimator) == train.leads_to(args.judge):
         train.stop(f"{args.judge} cannot judge what it guides; train another one for --estimator")
     judge, own = sample.open_estimator(args.judge, s, judge=True)
     source = source or train.open_data(s["data"], s["image_size"], own["seed"])
-    _, held_out = split(source, own["seed"])
+    _, held_out = train.split(source, own["seed"], *HELD_OUT)
     return judge.to(device), load_images(held_out, 4 * args.num, s["input_size"], own["seed"])
 
 
@@ -310,9 +299,7 @@ def measure(args):
     begun, device = time.perf_counter(), train.join_ranks()
     ckpt, model, s = sample.open_checkpoint(args.ckpt, args.model)
     judge, real_images = open_judge(args, s, device)
-    args.precision = args.precision or train.broadcast(train.fast_precision(device))
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    sample.settle(args, ckpt, s)
+    sample.settle(args, ckpt, s, device)
     guides = sample.open_guides(args, s, device, decode=args.keep_images)
     out = Path(args.out) if args.out else train.run_folder(ckpt) / "shift"
     train.must_be_writable(out)
@@ -410,7 +397,7 @@ def line_chart(curves, x_label, y_label, title="", x_mark=None):
     return page.reduce(3)
 
 
-def main():
+def arguments():
     parser, number, place = train.Arguments(__doc__), train.number, train.place
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | measure")
     add = commands.add_parser("train", story="Train a noise estimator on real data.").add_argument
@@ -424,14 +411,19 @@ def main():
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="default: 0")
     add("--out", type=place, help="default: runs/estimator-<data>[-latents]-<interpolant>.pt")
     add = commands.add_parser("measure", story="Measure a checkpoint's noise shift.").add_argument
-    sample.sampling_arguments(add, several_weights=True)
+    add("--w-nag", type=number(float), nargs="+", default=[0.0], help="weights of NAG (default: 0)")
+    sample.sampling_arguments(add)
     add("--judge", type=place, help="the estimator to judge by (default: as --out of train)")
     add("--latents", type=place, help="real data of a model in latents (default: what it knows)")
     add("--num", "--num-samples", type=number(int, 2), default=1024, help="default: 1024 images")
     add("--batch", type=number(int, 1), default=256, help="images at a time (default: 256)")
     add("--keep-images", action="store_true", help="write an .npz for each weight, for fid.py")
     add("--out", type=place, help="folder for shift.json, shift.png, .npz (default: <run>/shift)")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = arguments().parse_args()
     {"train": train_estimator, "measure": measure}[args.command](args)
 
 

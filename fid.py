@@ -4,8 +4,7 @@
     python fid.py samples.npz folder/of/images --save-stats reference.npz
     python fid.py runs/SiT-?/main/*.npz shapes                     # mean and deviation over seeds
 
-A fixed network turns images into features: Inception for natural images, one with random weights
-for the drawn shapes. Two sets of images are compared by how their features are distributed:
+A network turns images into features. Two sets of images are compared by how these are distributed:
 
     FID        Fréchet distance |μ − μ'|² + tr(Σ + Σ' − 2 √(Σ Σ')) of the means and covariances of
                the pool features (Heusel et al., 2017)
@@ -14,10 +13,15 @@ for the drawn shapes. Two sets of images are compared by how their features are 
     precision  share of the samples that lie within the real data: in a ball around a real image
                that reaches to its third nearest neighbour (Kynkäänniemi et al., 2019)
     recall     share of the real data that lie within the samples
+    recognised share of the samples that a classifier takes for their class
 
-Each side is an .npz with arr_0 (N, H, W, 3) uint8, a folder of images, an .npz of statistics (mu,
-sigma, mu_s, sigma_s), or `shapes`. Images are read in a stream; memory holds their features. Under
-torchrun all ranks compute features, and rank 0 compares them.
+The network of FID is a classifier: Inception, which learned the classes of ImageNet. Small images
+are compared by one that learns the reference's own classes (FD-classifier), or, for colour and
+grain, by one with random weights (FD-random).
+
+Each side is an .npz with arr_0 (N, H, W, 3) uint8 and perhaps labels arr_1, a folder of images, an
+.npz of statistics (mu, sigma, mu_s, sigma_s), or `shapes`. Images are read in a stream; memory
+holds their features. Under torchrun all ranks compute features, and rank 0 compares them.
 """
 import contextlib
 import functools
@@ -27,6 +31,7 @@ import os
 import sys
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import train                      # before torch is loaded: it sets how its threads wait
 
@@ -153,8 +158,7 @@ def resize_tf1(x, size):
 
 class RandomFeatures(nn.Sequential):
     """uint8 images (N, 3, H, W) -> pool (N, 512), by convolutions with fixed random weights, the
-    same on every machine. Unlike Inception's, such features know nothing of natural images; apart
-    from these, they rank models as well as trained ones do (Naeem et al., 2020)."""
+    same on every machine. They see colour and grain, and hardly a shape."""
 
     widths = {"pool": 512}
 
@@ -172,13 +176,94 @@ class RandomFeatures(nn.Sequential):
         return (super().forward(images.float() / 127.5 - 1).mean((2, 3)),)
 
 
-NETWORKS = {"inception": InceptionV3, "random": RandomFeatures}
+class Classifier(nn.Module):
+    """uint8 images (N, 3, H, W) -> pool (N, 128), spatial (N, …), logits (N, classes), class (N,).
+
+    A small convolutional network for small images, which learns the reference's own classes.
+    """
+
+    widths = {"pool": 128, "spatial": None, "logits": None, "class": None}
+
+    def __init__(self, size, num_classes):
+        super().__init__()
+        layers, width = [conv(3, 32, 3)], 32
+        while size > 4:
+            out, size = min(2 * width, 128), math.ceil(size / 2)
+            layers += [conv(width, out, 3, stride=2, padding=1), conv(out, out, 3)]
+            width = out
+        self.maps, self.fc = nn.Sequential(*layers), nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        maps = self.maps(images.float() / 127.5 - 1)
+        logits = self.fc(maps.mean((2, 3)))
+        return maps.mean((2, 3)), maps[:, :16].flatten(1), logits, logits.argmax(1)
+
+
+@torch.enable_grad()
+def train_classifier(images, labels, num_classes, seed=0, steps=1000, batch=128, grain=16):
+    """A Classifier of images (N, 3, H, W) uint8, in eval mode, and the shares of the tenth that is
+    held out which it takes for their class: as they are, and with grain.
+
+    It learns under grain of a random deviation up to `grain`, so that grain alone decides nothing.
+    """
+    torch.manual_seed(seed)
+    network, rng = Classifier(max(images.shape[2:]), num_classes), train.generator(seed, "lessons")
+    order = torch.from_numpy(rng.permutation(len(images)))
+    held_out, rest = order[:len(images) // 10], order[len(images) // 10:]
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+
+    def classify(chosen, deviation):
+        noise = rng.standard_normal((len(chosen), *images.shape[1:]), np.float32) * deviation
+        *_, logits, taken = network(images[chosen] + torch.from_numpy(noise))
+        return logits, taken
+
+    for _ in train.progress(iterable=range(steps), desc="learning the reference's classes"):
+        chosen = rest[rng.integers(0, len(rest), batch)]
+        logits, _ = classify(chosen, rng.uniform(0, grain, (batch, 1, 1, 1)).astype(np.float32))
+        F.cross_entropy(logits, labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    network.eval().requires_grad_(False)
+    return network, [share_equal(torch.cat([classify(part, deviation)[1]
+                                            for part in held_out.split(512)]), labels[held_out])
+                     for deviation in (0, grain / 2)]
+
+
+def open_classifier(reference):
+    """The Classifier of a side's classes, kept in pretrained/ once it is trained."""
+    learned = Side(reference.name, None, reference.args)          # drawn shapes are others
+    learned.size, file = reference.size, Path(__file__).with_name("assets") / "shapes-classifier.pt"
+    if (learned.name, learned.size) != ("shapes", (16, 16)) or not file.exists():
+        files = [] if learned.drawn else learned.data.files[:learned.num]
+        key = [learned.name, str(learned.size), *(f"{f} {os.path.getsize(f)}" for f in files)]
+        file = Path("pretrained", f"classifier-{train.digest(key)}.pt")
+    if train.RANK == 0 and not file.exists():
+        batches = range(math.ceil(learned.num / learned.args.batch))
+        images = list(train.load(learned, batches, train.WORKERS, learned.args.device))
+        labels = torch.as_tensor(learned.labels)
+        network, right = train_classifier(torch.cat(images), labels, len(learned.classes))
+        file.parent.mkdir(exist_ok=True)
+        with train.replacing(file) as open_file:
+            torch.save({"classifier": network.half().state_dict(), "right": right}, open_file)
+    if train.WORLD > 1:
+        dist.barrier()
+    saved = models.load_file(file)
+    clean, grainy = saved.get("right", (math.nan, math.nan))
+    print(f"{file} is right on {clean:.1%} of the images held out, with grain on {grainy:.1%}")
+    sizes = {"size": max(learned.size), "num_classes": len(learned.classes)}
+    return models.restore(Classifier, sizes, saved.get("classifier"), file)
+
+
+NETWORKS = {"inception": InceptionV3, "classifier": Classifier, "random": RandomFeatures}
 
 
 @functools.cache
-def open_network(name, weights, device):
-    """The network in eval mode, with the published weights; ValueError when these are not there."""
-    network = NETWORKS[name]()
+def open_network(name, reference):
+    """The network in eval mode, with its weights; ValueError when these are not there."""
+    weights = reference.args.weights
+    network = open_classifier(reference) if name == "classifier" else NETWORKS[name]()
     if name == "inception":
         with train.rank_0_first():
             state = (models.load_file(weights, "leave out --weights to download them") if weights
@@ -186,11 +271,11 @@ def open_network(name, weights, device):
         counters = {key: value for key, value in network.state_dict().items()
                     if key.endswith("num_batches_tracked")}      # which some files lack
         models.load_weights(network, counters | state, weights or INCEPTION_URL)
-    return network.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False).to(reference.args.device)
 
 
 # --------------------------------------------------------------------------------------------------
-# The five numbers, as functions of features
+# The numbers, as functions of features
 
 
 class Missing(ValueError):
@@ -280,6 +365,10 @@ def covered(points, centres, k=3):
     return torch.cat(inside).double().mean().item()
 
 
+def share_equal(a, b):
+    return (a.cpu() == b.cpu()).double().mean().item()
+
+
 def precision_recall(real, fake, k=3):
     """Precision and recall of features real (N, D) and fake (M, D); ValueError below k + 1 each."""
     return covered(fake, real, k), covered(real, fake, k)
@@ -294,26 +383,37 @@ MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}       # thei
 class Side:
     """Drawn shapes, a folder of images, or an .npz of images, statistics of features, or both.
 
-    It has `num` images of `size` (height, width), and what is known of the features of `network`.
-    `number` is its place among the sides, by which rank 0 names it to the other ranks. Raises
-    ValueError for damaged files.
+    It has `num` images of `size` (height, width), `labels` (num,) and names of `classes` where they
+    are known, and what is known of the features of `network`. `number` is its place among the
+    sides, by which rank 0 names it to the other ranks. Raises ValueError for damaged files.
     """
 
     def __init__(self, name, number, args):
         self.name, self.number, self.args = name, number, args
-        self.num, self.size, self.network = 0, None, None
-        self.known_features, self.known_moments = {}, {}          # by kind
+        most = args.num if number is not None else None           # None: what a classifier learns
+        self.num, self.size, self.labels, self.classes = 0, None, None, None
+        self.use(None)
         self.drawn = train.is_drawn(name)
         self.archive = not self.drawn and not os.path.isdir(name)
         if self.drawn:
-            seed = 1 if number < len(args.samples) else 0         # so that the two sides differ
-            self.data, self.num = train.Shapes(16, seed, name), args.num or 10_000
+            seed = 2 if number is None else int(number < len(args.samples))      # all differ
+            self.data, self.num = train.Shapes(16, seed, name), most or 10_000
+            indices = self.data.held_out + np.arange(self.num)
+            self.labels = train.Shapes(1, seed, name).images(indices)[1]
+            self.classes = self.data.classes
         elif self.archive:
             self.open_archive()
         else:
-            self.files = train.ImageFolder(name, args.crop).files[:args.num]
-            self.num, size = len(self.files), train.read_image(self.files[0]).size
+            self.data = train.ImageFolder(name, args.crop)
+            self.num = min(len(self.data), most or len(self.data))
+            size = train.read_image(self.data.files[0]).size
             self.size = (args.crop, args.crop) if args.crop else size[::-1]
+            if len(self.data.classes) > 1:
+                self.labels, self.classes = self.data.labels[:self.num], self.data.classes
+
+    def use(self, network):
+        """Forget the features of another network."""
+        self.network, self.known_features, self.known_moments = network, {}, {}      # by kind
 
     def open_archive(self):
         with naming(self.name), zipfile.ZipFile(self.name) as archive, np.load(self.name) as found:
@@ -331,6 +431,8 @@ class Side:
             if "arr_0" in found:
                 _, (num, *size, _) = open_images(archive)
                 self.num, self.size = min(num, self.args.num or num), tuple(size)
+                if "arr_1" in found:
+                    self.labels = found["arr_1"][:self.num]
             elif not self.network:
                 raise ValueError(f"no images (arr_0), no statistics (mu), only {', '.join(found)}")
 
@@ -352,7 +454,7 @@ class Side:
     def compute(self):
         """The features of all images {kind: (N, D)}, on rank 0. Each rank computes its share."""
         device = self.args.device
-        network = open_network(self.network, self.args.weights, device)
+        network = open_network(self.network, self.args.sides[-1])
         batches = math.ceil(self.num / self.args.batch)
         mine = range(batches * train.RANK // train.WORLD, batches * (train.RANK + 1) // train.WORLD)
         images = self.read(mine) if self.archive else train.load(self, mine, train.WORKERS, device)
@@ -370,6 +472,13 @@ class Side:
             return {kind: torch.cat([part for share in shares for part in share.pop(kind)])
                     for kind in network.widths}
 
+    def labels_among(self, classes):
+        """Labels (num,) as places in a list of names; raises Missing."""
+        names = self.classes or classes                           # an .npz has numbers alone
+        if self.labels is None or not set(names) <= set(classes) or max(self.labels) >= len(names):
+            raise Missing(f"{self.name} has no labels, or others than the reference")
+        return torch.tensor([classes.index(names[label]) for label in self.labels])
+
     def read(self, numbers):
         """Yield the batches of these numbers from an .npz, uint8 (n, 3, H, W)."""
         with naming(self.name, train.DataError), zipfile.ZipFile(self.name) as archive:
@@ -384,16 +493,16 @@ class Side:
         """Batch `number` of shapes, or from a folder, uint8 (n, 3, H, W): what train.load reads."""
         rows = range(number * self.args.batch, min((number + 1) * self.args.batch, self.num))
         if self.drawn:
-            self.data.image_size = self.size[0]                   # as choose_network() set it
+            self.data.image_size = self.size[0]                   # as choose_networks() set it
             return torch.from_numpy(self.data.images([self.data.held_out + i for i in rows])[0])
-        images = []
-        for file in self.files[rows.start:rows.stop]:
+        images, files = [], self.data.files
+        for file in files[rows.start:rows.stop]:
             image = train.read_image(file)
             if self.args.crop:
                 image = train.centre_crop(image, self.args.crop)
             elif image.size[::-1] != self.size:
                 size = f"{image.width}×{image.height}"
-                raise train.DataError(f"{file} is {size}, {self.files[0]} is not; give --crop N")
+                raise train.DataError(f"{file} is {size}, {files[0]} is not; give --crop N")
             images.append(np.asarray(image))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
@@ -421,31 +530,49 @@ def open_images(archive):
     return file, shape
 
 
-def choose_network(sides, features):
-    """Set the network of all sides, and the size of drawn shapes; ValueError where none fits."""
+def choose_networks(sides, asked):
+    """The networks to compare by; sets the size of drawn shapes. ValueError where none fits."""
     sizes = {side.size for side in sides if side.size} or {(16, 16)}
-    drawn = [side for side in sides if side.drawn]
+    drawn, reference = [side for side in sides if side.drawn], sides[-1]
+    small = drawn or all(max(size) < 64 for size in sizes)
     given = [side.network for side in sides if side.network]
-    small = all(max(size) < 64 for size in sizes)
-    network = features or (given or ["random" if drawn or small else "inception"])[0]
+    by_default = "inception" if not small else "classifier" if reference.classes else "random"
+    networks = list(dict.fromkeys(asked or given[:1] or [by_default]))
     for side in drawn:
         side.size = 2 * min(sizes)[:1]                            # shapes are drawn on squares
     sizes |= {side.size for side in drawn}
-    if len(sizes) > 1 and (drawn or network == "random"):
-        raise ValueError(f"{network} features compare images of one size, not {sorted(sizes)}")
+    if len(sizes) > 1 and (drawn or networks != ["inception"]):
+        raise ValueError(f"{networks[0]} features compare images of one size, not {sorted(sizes)}")
     for side in sides:
-        if side.network not in (None, network) or network not in NETWORKS:
+        if side.network and networks != [side.network] or networks[0] not in NETWORKS:
             raise ValueError(f"{side.name} holds {side.network} features; compare like with like")
-        side.network = network
+    if "classifier" in networks and not reference.classes:
+        raise ValueError(f"{reference.name} has no classes to learn; give shapes, or a folder with "
+                         "class sub-folders, or other --features")
+    return networks
 
 
 METRICS = {     # name: title, kind k of features, function of samples a, reference b and k
     "fid": ("FID", "pool", lambda a, b, k: b.moments(k).distance(a.moments(k))),
     "sfid": ("sFID", "spatial", lambda a, b, k: b.moments(k).distance(a.moments(k))),
     "is": ("Inception Score", "logits", lambda a, b, k: inception_score(a.features(k))),
+    "recognised": ("recognised", "class", lambda a, b, k: share_equal(
+        a.features(k), a.labels_among(b.classes))),
     "precision": ("precision", "pool", lambda a, b, k: covered(a.features(k), b.features(k))),
     "recall": ("recall", "pool", lambda a, b, k: covered(b.features(k), a.features(k))),
 }
+
+
+def titles(network, asked):
+    """{title: metric} of those that are asked for, or else of all that suit a network."""
+    found = {}
+    for name, (title, kind, _) in METRICS.items():
+        if network != "inception":                                # nothing else is called FID
+            short = {"fid": "FD", "sfid": "sFD", "is": "IS"}
+            title = f"{short[name]}-{network}" if name in short else title
+        if name in asked if asked else kind in NETWORKS[network].widths:
+            found[title] = name
+    return found
 
 
 def arguments():
@@ -455,7 +582,8 @@ def arguments():
     add("samples", nargs="+", metavar="SAMPLES", type=train.place,
         help="an .npz of images or statistics, a folder of images, or shapes; each is a row")
     add("reference", metavar="REFERENCE", type=train.place, help="the same")
-    add("--features", choices=NETWORKS, help="default: random for shapes and below 64×64")
+    add("--features", nargs="+", choices=NETWORKS, help="default: below 64×64 classifier where "
+        "the reference has classes, random where it has none; else inception")
     add("--metrics", nargs="+", choices=METRICS, help="default: all that the two sides allow")
     add("--num", "--num-samples", type=train.number(int, 2), help="only the first images")
     add("--crop", type=train.number(int, 4), metavar="N", help="crop images in folders to N×N")
@@ -481,69 +609,71 @@ def save_statistics(side, path):
 
 def report(rows):
     """Print a table; files of one name, in several folders, are seeds of one setting."""
-    network = rows[0]["features"]
-    titles = {name: title for name, (title, *_) in METRICS.items()}
-    titles["fid"] = "FID" if network == "inception" else f"FD-{network}"
-    left_out = "; ".join(dict.fromkeys(f"{titles[name]} ({why})" for row in rows
-                                       for name, why in row["left_out"].items()))
-    shown = [name for name in titles if any(name in row for row in rows)]
+    left_out = "; ".join(dict.fromkeys(f"{title} ({why})" for row in rows
+                                       for title, why in row["left_out"].items()))
+    shown = list(dict.fromkeys(title for row in rows for title in row["metrics"]))
     if not shown:
         raise ValueError(f"nothing to compare: {left_out}")
     settings = {}
     for row in rows:
         settings.setdefault(os.path.basename(row["samples"]).removesuffix(".npz"), []).append(row)
-    print(f"| against {rows[0]['reference']} | sets |", *(f"{titles[name]} |" for name in shown))
+    print(f"| against {rows[0]['reference']} | sets |", *(f"{title} |" for title in shown))
     print("|---|---|" + "---|" * len(shown))
     for setting, seeds in sorted(settings.items(), key=lambda item: "no-guidance" not in item[0]):
         cells = [setting, str(len(seeds))]
-        for name in shown:
-            values = [row[name] for row in seeds if name in row]
+        for title in shown:
+            values = [row["metrics"][title] for row in seeds if title in row["metrics"]]
             cells.append(f"{np.mean(values):.3f}" if values else "–")
             cells[-1] += f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
         print(f"| {' | '.join(cells)} |")
     if left_out:
         print(f"left out: {left_out}")
     nums = [num for row in rows for num in (row["num_samples"], row["num_reference"]) if num]
-    dimensions = NETWORKS[network].widths["pool"]
-    if "fid" in shown and min(nums, default=math.inf) < dimensions:
+    dimensions = max(NETWORKS[network].widths["pool"] for network in rows[0]["features"])
+    if min(nums, default=math.inf) < dimensions:
         print(f"warning: {min(nums)} images are fewer than the {dimensions:,} dimensions of the "
-              f"features; {titles['fid']} is then mostly bias", file=sys.stderr)
+              "features; a Fréchet distance is then mostly bias", file=sys.stderr)
 
 
 def main():
     args = arguments()
     names = [*args.samples, args.reference]
-    for path, ending in ((args.json, ""), (args.save_stats, ".npz")):     # tried before the work
-        if path and os.path.realpath(path) in map(os.path.realpath, [*names, args.weights or ""]):
-            raise ValueError(f"{path} is an input; write to another file")
-        if path and (os.path.isdir(path) or not path.endswith(ending)
-                     or not os.access(os.path.dirname(path) or ".", os.W_OK)):
-            raise ValueError(f"cannot write {path}; give a {ending} file in a folder that is there")
+    inputs = {train.leads_to(name) for name in (*names, args.weights)}
+    for path in filter(None, (args.json, args.save_stats)):
+        if os.path.isdir(path) or train.leads_to(path) in inputs:
+            raise ValueError(f"{path} is a folder or an input; write to another file")
+        train.must_be_writable(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     args.device = train.join_ranks()
-    sides = [Side(name, number, args) for number, name in enumerate(names)]
-    choose_network(sides, args.features)
+    args.sides = [Side(name, number, args) for number, name in enumerate(names)]
+    networks = choose_networks(args.sides, args.features)
+    *sets, reference = args.sides
+    rows = [{"samples": samples.name, "reference": reference.name, "features": networks,
+             "num_samples": samples.num, "num_reference": reference.num, "metrics": {},
+             "left_out": {}}
+            for samples in sets]
+    for network in networks:
+        for side in args.sides:
+            if side.network != network:
+                side.use(network)
+        if train.RANK:
+            while (number := train.broadcast(None)) is not None:  # rank 0 asks for features
+                args.sides[number].compute()
+            continue
+        if args.save_stats and network == networks[0]:
+            save_statistics(reference, args.save_stats)
+        for samples, row in zip(sets, rows):
+            for title, name in titles(network, args.metrics).items():
+                _, kind, metric = METRICS[name]
+                try:
+                    if title not in row["metrics"]:
+                        row["metrics"][title] = metric(samples, reference, kind)
+                except Missing as why:
+                    row["left_out"][title] = str(why)
+            samples.use(network)                                  # features may be many
+        train.broadcast(None)                                     # no more is needed of the others
     if train.RANK:
-        while (number := train.broadcast(None)) is not None:      # rank 0 asks for features
-            sides[number].compute()
         return
-
-    *sets, reference = sides
-    if args.save_stats:
-        save_statistics(reference, args.save_stats)
-    kinds = NETWORKS[reference.network].widths
-    rows = []
-    for samples in sets:
-        row = {"samples": samples.name, "reference": reference.name, "features": samples.network,
-               "num_samples": samples.num, "num_reference": reference.num, "left_out": {}}
-        for name in args.metrics or [name for name in METRICS if METRICS[name][1] in kinds]:
-            title, kind, metric = METRICS[name]
-            try:
-                row[name] = metric(samples, reference, kind)
-            except Missing as why:
-                row["left_out"][name] = str(why)
-        rows.append(row)
-        samples.known_features, samples.known_moments = {}, {}    # they may be many
-    train.broadcast(None)                                         # no more is needed of the others
     report(rows)
     if args.json:
         with train.replacing(args.json) as file:

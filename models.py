@@ -19,14 +19,13 @@ import argparse
 import hashlib
 import json
 import math
-import mmap
 import re
-import reprlib
 import zipfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import nn
@@ -47,9 +46,8 @@ def sincos_2d(width, side):
     omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega    # (side, width / 4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                 # (side, width / 2)
-    column = line[None, :, :].expand(side, side, -1)
-    row = line[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
+    column, row = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1)[None].float()
 
 
 class TimestepEmbedder(nn.Module):
@@ -92,16 +90,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]                    # (B, N, D), (B, D), (B, D)
 
@@ -112,7 +100,8 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size)
+        self.mlp = named(fc1=nn.Linear(hidden_size, 4 * hidden_size), gelu=nn.GELU("tanh"),
+                         fc2=nn.Linear(4 * hidden_size, hidden_size))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
@@ -468,18 +457,14 @@ def read_safetensors(path):
     """The tensors of a .safetensors file: 8 bytes of length, the header in JSON, the numbers."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data, tensors = np.memmap(path, mode="c"), {}
     length = int.from_bytes(data[:8], "little")
-    header, tensors = json.loads(data[8:8 + length]), {}
+    header, numbers = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        dtype, (start, stop) = dtypes[entry["dtype"]], entry["data_offsets"]
-        count = math.prod(entry["shape"])
-        if start < 0 or stop - start != count * dtype.itemsize:
-            raise ValueError(f"{name} has a place that does not fit its shape")
-        numbers = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start)
-        tensors[name] = numbers.reshape(entry["shape"])
+        start, stop = entry["data_offsets"]
+        tensor = torch.frombuffer(numbers[start:stop], dtype=dtypes[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
 
@@ -511,19 +496,16 @@ def load_weights(network, state_dict, source):
                  and not value.is_meta and not value.is_quantized and not value.is_complex())
         return tuple(value.shape) if plain else "no plain tensor"
 
-    if not isinstance(state_dict, dict):
-        raise refused(source, f"holds a {type(state_dict).__name__} in place of weights")
     want = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     have = {key: shape(value) for key, value in state_dict.items()}
     wrong = [f"{key} is {have.get(key, 'missing')}, expected {want.get(key, 'nothing')}"
              for key in sorted(want | have, key=str) if want.get(key) != have.get(key)]
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise refused(source, f"does not fit the model: {'; '.join(wrong[:3])}{more}")
+        raise refused(source, f"does not fit the model; for example, {'; '.join(wrong[:3])}")
     if sum(map(math.prod, want.values())) > 1e9:        # a small file can repeat one number
         raise refused(source, "has more than a billion weights")
     floats = {key: value.float() for key, value in state_dict.items()}
-    on_meta = any(parameter.is_meta for parameter in network.parameters())
+    on_meta = next(network.parameters()).is_meta
     network.load_state_dict(floats, assign=on_meta)     # assign: the tensors themselves, no copy
 
 
@@ -533,7 +515,7 @@ def restore(network, sizes, state_dict, source):
         with torch.device("meta"):                      # no time or memory for weights of its own
             network = network(**sizes)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise refused(source, f"has no possible sizes: {reprlib.repr(sizes)} ({error})") from None
+        raise refused(source, f"has no possible sizes ({error})") from None
     load_weights(network, state_dict, source)
     return network.eval().requires_grad_(False)
 
@@ -595,17 +577,15 @@ def convert_sit(state_dict):
     The published network counts time the other way and predicts x_0 − ε. cos ω(1−t) and sin ω(1−t)
     are a rotation of cos ωt and sin ωt: rotate the first time layer, and negate the output layer.
     """
-    out = dict(state_dict)
     weight = state_dict["t_embedder.mlp.0.weight"]
     half = weight.shape[1] // 2
     omega = 10000 ** (-torch.arange(half, dtype=torch.float32) / half)  # in fp32, as the network's
     cos, sin = omega.double().cos(), omega.double().sin()
     on_cos, on_sin = weight.double().split(half, dim=1)
     rotated = torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], 1)
-    out["t_embedder.mlp.0.weight"] = rotated.to(weight)
-    out["final_layer.linear.weight"] = -state_dict["final_layer.linear.weight"]
-    out["final_layer.linear.bias"] = -state_dict["final_layer.linear.bias"]
-    return out
+    return {**state_dict, "t_embedder.mlp.0.weight": rotated.to(weight),
+            "final_layer.linear.weight": -state_dict["final_layer.linear.weight"],
+            "final_layer.linear.bias": -state_dict["final_layer.linear.bias"]}
 
 
 def read_foreign(checkpoint, name, source):
@@ -613,9 +593,9 @@ def read_foreign(checkpoint, name, source):
 
     The model is the one that the file names, or else `name`; sizes follow from the tensors' shapes.
     """
-    args = checkpoint.pop("args", None)
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = {k: v for k, v in args.items() if isinstance(v, str)} if isinstance(args, dict) else {}
+    args = checkpoint.pop("args", {})               # a Namespace, or a dict
+    args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+    args = {key: value for key, value in args.items() if isinstance(value, str)}
     for key, known in (("path_type", "Linear"), ("prediction", "velocity")):
         if args.get(key, known) != known:
             raise refused(source, f"was trained with --{key.replace('_', '-')} {args[key]}",
@@ -663,18 +643,18 @@ def from_checkpoint(source, name=None):
     else:
         checkpoint = load_file(source)
     state, settings = checkpoint.get("ema"), checkpoint.get("settings")
-    ours = isinstance(settings, dict)
+    ours = isinstance(settings, dict) and isinstance(state, dict)
     if not ours:
         state, settings = read_foreign(checkpoint, name, source)
     # The file may hold anything: check what the other scripts rely on
-    kinds = {"model": str, "interpolant": str, "data": str, "image_size": int, "input_size": int,
-             "in_channels": int, "num_classes": int, "class_drop": (int, float),
-             "noise_drop": (int, float), "learn_sigma": bool}
-    allowed = {"model": MODELS, "interpolant": ("linear", "vp")}
+    kinds = dict(model=str, interpolant=str, data=str, image_size=int, input_size=int,
+                 in_channels=int, num_classes=int, learn_sigma=bool, class_drop=float,
+                 noise_drop=float)
     for key, kind in kinds.items():
-        value = settings.get(key)
-        if not isinstance(value, kind) or value not in allowed.get(key, [value]):
-            raise refused(source, f"has an unknown {key} in its settings: {reprlib.repr(value)}")
+        if not isinstance(settings.get(key), kind):
+            raise refused(source, f"has no usable {key} in its settings")
+    if settings["model"] not in MODELS or settings["interpolant"] not in ("linear", "vp"):
+        raise refused(source, f"holds a {settings['model']} on {settings['interpolant']}: unknown")
     if name and name != settings["model"]:
         raise refused(source, f"holds a {settings['model']}, not a {name}", "leave out --model")
     sizes = {k: settings[k] for k in ("input_size", "in_channels", "num_classes", "learn_sigma")}

@@ -43,7 +43,7 @@ class Path:
 
     At one (x, t), what the network predicts, E[x_0|x, t], E[ε|x, t] and the score are affine in
     each other; x0_eps turns the prediction into the first two. level is the inverse of σ, and
-    draw_levels gives n training levels from a numpy Generator.
+    training_level turns u in [0, 1) into a level to train at, next to it.
     """
 
     def velocity(self, prediction, x, t):
@@ -86,8 +86,8 @@ class Linear(Path):
     def network_time(self, t):
         return _double(t).float()
 
-    def draw_levels(self, rng, n):
-        return rng.random(n)
+    def training_level(self, u):
+        return u
 
     def target(self, x0, eps):
         return eps - x0
@@ -155,8 +155,8 @@ class VP(Path):
     def network_time(self, t):
         return (self._position(t)[0] - 1).float()
 
-    def draw_levels(self, rng, n):
-        return (1 + rng.integers(0, self.steps, n)) / self.steps
+    def training_level(self, u):
+        return (1 + self.steps * u // 1) / self.steps
 
     def target(self, x0, eps):
         return eps

@@ -120,7 +120,7 @@ def train_estimator(args):
         args.input_size, args.in_channels = args.image_size, 3
         source = train.open_data(args.data, args.image_size, args.seed)
     args.num_classes, args.images = len(source.classes), None if source.endless else len(source)
-    args.jitter, args.class_drop, args.noise_drop = JITTER, 0.0, 0.0
+    args.jitter, args.class_drop, args.noise_drop, args.levels = JITTER, 0.0, 0.0, "uniform"
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "latents", "out")}
     name = Path(args.data).name + "-latents" * source.latent
     out = Path(args.out or FILE.format(name, args.interpolant))

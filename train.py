@@ -355,7 +355,10 @@ class Batches(torch.utils.data.Dataset):
         args, B = self.args, self.args.batch
         rng = generator(args.seed, "batch", step)
         flip = rng.random(B) < 0.5
-        t = self.path.draw_levels(rng, B)
+        u = rng.random(B)
+        if args.levels == "logit-normal":           # more of the middle (Esser et al., 2024)
+            u = 1 / (1 + np.exp(-rng.standard_normal(B)))
+        t = self.path.training_level(u)
         drop_class, drop_noise = rng.random(B) < args.class_drop, rng.random(B) < args.noise_drop
         shape = B, args.in_channels, args.input_size, args.input_size
         eps = rng.standard_normal(shape, np.float32)
@@ -371,7 +374,8 @@ class Batches(torch.utils.data.Dataset):
 def open_batches(data, args):
     """Batches to train on; one of held-out images and nothing hidden, None where they are few."""
     training, held_out = split(data, args.seed, 0.02, 1024)
-    visible = {**vars(args), "batch": len(held_out), "class_drop": 0, "noise_drop": 0}
+    visible = {**vars(args), "batch": len(held_out), "class_drop": 0, "noise_drop": 0,
+               "levels": "uniform"}
     validation = Batches(held_out, argparse.Namespace(**visible))
     return Batches(training, args), validation[0] if len(held_out) >= WORLD else None
 
@@ -575,12 +579,12 @@ def write_grid(trainer, step, vae):
 
 
 TI = dict(steps=4000, batch=32, optimizer="muon", lr=4e-3, warmup=100, cooldown=0.2,
-          ckpt_every=1000)
+          levels="logit-normal", ckpt_every=1000)
 TI_TUNING = dict(steps=400, lr=1e-3, warmup=40)     # beside these, from --init
 LARGE = dict(steps=400_000, batch=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0,
-             ckpt_every=5000)                       # as published
+             levels="uniform", ckpt_every=5000)     # as published
 FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop", "batch", "lr",
-         "optimizer", "warmup", "cooldown", "ema", "seed", "precision", "init")
+         "optimizer", "warmup", "cooldown", "levels", "ema", "seed", "precision", "init")
 
 
 def arguments():
@@ -615,6 +619,8 @@ def arguments():
     add("--lr", type=number(float, 0),
         help="learning rate (default: 4e-3 for Ti, with --init 1e-3; else 1e-4)")
     add("--optimizer", choices=("adamw", "muon"), help="default: muon for Ti, else adamw")
+    add("--levels", choices=("uniform", "logit-normal"),
+        help="of training (default: logit-normal for Ti, else uniform)")
     add("--warmup", type=whole, metavar="N", help="steps in which the rate rises to --lr "
         "(default: 100 for Ti, with --init 40; else 0)")
     add("--cooldown", type=share, metavar="P",

@@ -418,6 +418,12 @@ class Trainer:
                 static_graph=args.micro_batch == self.share)
         self.flops = 3 * model.flops()              # per image: backward is two forward passes
 
+    def resume(self, checkpoint):
+        models.load_weights(self.model, checkpoint["model"], self.args.out)
+        models.load_weights(self.ema, checkpoint["ema"], self.args.out)
+        for name, optimizer in self.optimizers.items():          # the file is mapped: copy
+            optimizer.load_state_dict(copy.deepcopy(checkpoint[name]))
+
     def passes(self, batch):
         """This rank's part of a batch on the device, cut into micro-batches."""
         images, *rest = (part.to(self.device, non_blocking=True) for part in batch)
@@ -589,55 +595,44 @@ FIXED = ("model", "data", "image_size", "interpolant", "noise_drop", "class_drop
 
 def arguments():
     parser = Arguments(__doc__)
-    add, share = parser.add_argument, number(float, 0, 1)
+    add, share, path = parser.add_argument, number(float, 0, 1), place
     positive, whole = number(int, 1), number(int, 0)
     add("--model", choices=models.MODELS, metavar="NAME",
-        help="DiT-* or SiT-*, Ti S B L XL, /2 /4 /8 (default: SiT-Ti/2)")
-    add("--data", type=place, metavar="DIR",
-        help="folder of images, or shapes (default), or some of these, shapes:star,cross")
-    add("--image-size", type=number(int, 4), metavar="N", help="height and width (default: of "
-        "--init or --latents, 256 in latents, 16 for Ti on shapes, else 32)")
-    add("--latents", type=place, metavar="DIR", help="train in latents, kept there; --data is "
+        help="DiT-* or SiT-*, of Ti S B L XL and /2 /4 /8 (default: SiT-Ti/2)")
+    add("--data", type=path, help="folder of images, or shapes (default), or shapes:star,cross")
+    add("--image-size", type=number(int, 4), metavar="N", help="default: of --init or --latents, "
+        "256 in latents, 16 for Ti on shapes, else 32")
+    add("--latents", type=path, metavar="DIR", help="train in latents, kept there; --data is "
         "encoded first (from 256 on by default: runs/latents-<data>-<size>)")
-    add("--vae", type=place, metavar="FILE", help="weights of the VAE (default: downloaded)")
-    add("--init", type=place, metavar="CKPT",
+    add("--vae", type=path, metavar="FILE", help="weights of the VAE (default: downloaded)")
+    add("--init", type=path, metavar="CKPT",
         help=f"start from weights: a checkpoint, or the published {', '.join(models.PUBLISHED)}")
     add("--interpolant", choices=PATHS, help="default: vp for DiT, linear for SiT")
-    add("--noise-drop", type=share, metavar="P",
-        help="how often the level is hidden, for NAG (default: 0.1)")
-    add("--class-drop", type=share, metavar="P",
-        help="how often the class is hidden, for CFG (default: 0.1)")
+    add("--noise-drop", type=share, metavar="P", help="hide the level so often (default: 0.1)")
+    add("--class-drop", type=share, metavar="P", help="hide the class so often (default: 0.1)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, metavar="N",
-                        help="default: 4,000 for Ti, with --init 400; else 400,000")
-    length.add_argument("--epochs", type=number(float, 1e-6), metavar="N",
-                        help="passes over a folder (default: 10 with --init)")
-    add("--batch", type=positive, metavar="N",
-        help="images per step, of all ranks together (default: 32 for Ti, else 256)")
-    add("--micro-batch", type=positive, metavar="N",
-        help="images per pass of a rank (default: what fits in memory)")
-    add("--lr", type=number(float, 0),
-        help="learning rate (default: 4e-3 for Ti, with --init 1e-3; else 1e-4)")
+    length.add_argument("--steps", type=positive, help="default: 4,000 for Ti, with --init 400; "
+                        "else 400,000")
+    length.add_argument("--epochs", type=number(float, 1e-6), help="default: 10 with --init DIR")
+    add("--batch", type=positive, help="images per step of all ranks (default: Ti 32, else 256)")
+    add("--micro-batch", type=positive, metavar="N", help="images at a time (default: what fits)")
+    add("--lr", type=number(float, 0), help="default: 4e-3 for Ti, with --init 1e-3; else 1e-4")
     add("--optimizer", choices=("adamw", "muon"), help="default: muon for Ti, else adamw")
-    add("--levels", choices=("uniform", "logit-normal"),
-        help="of training (default: logit-normal for Ti, else uniform)")
-    add("--warmup", type=whole, metavar="N", help="steps in which the rate rises to --lr "
-        "(default: 100 for Ti, with --init 40; else 0)")
+    add("--warmup", type=whole, metavar="N",
+        help="steps in which the rate rises (default: 100 for Ti, with --init 40; else 0)")
     add("--cooldown", type=share, metavar="P",
-        help="last part of the run, in which the rate falls to zero (default: 0.2 for Ti, else 0)")
-    add("--ema", type=share, metavar="DECAY", help="of the averaged weights (default: 0.9999)")
+        help="last part of the run, in which the rate falls to 0 (default: 0.2 for Ti, else 0)")
+    add("--levels", choices=("uniform", "logit-normal"), help="default: logit-normal for Ti, else "
+        "uniform")
+    add("--ema", type=share, help="decay of the averaged weights, at most (default: 0.9999)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
-    add("--out", type=place, metavar="DIR",
+    add("--out", type=path, metavar="DIR",
         help="default: runs/<data>-<model>, with --init runs/<data>-<its run>-tuned")
-    add("--workers", type=whole, metavar="N",
-        help="processes that prepare batches (default: 0 on a CPU with shapes, else up to 4)")
-    add("--ckpt-every", type=positive, metavar="STEPS",
-        help="checkpoint and samples (default: 1000 for Ti, else 5000)")
+    add("--workers", type=whole, help="processes that prepare batches (default: up to 4)")
+    add("--ckpt-every", type=positive, metavar="STEPS", help="default: 1000 for Ti, else 5000")
     add("--keep", type=whole, metavar="N", help="checkpoints kept, 0 for all (default: 3)")
-    add("--precision", choices=("fp32", "bf16"),
-        help="of the matrix products (default: bf16 where the processor has units for it)")
-    add("--grad-checkpoint", action="store_true",
-        help="compute activations twice instead of keeping them: less memory, a quarter slower")
+    add("--precision", choices=("fp32", "bf16"), help="default: the faster one")
+    add("--grad-checkpoint", action="store_true", help="less memory, a quarter slower")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--benchmark", action="store_true", help="measure the speed, write one line of JSON")
     return parser
@@ -678,8 +673,7 @@ def settings(parser, device):
     parser.set_defaults(**{**saved, "model": model, "out": out, "command": shlex.join(sys.argv)})
     args = parser.parse_args()
 
-    fixed = FIXED + ("steps",) * bool(args.cooldown)         # what may not change during a run
-    for key in fixed if saved else ():
+    for key in FIXED if saved else ():              # what may not change while a run lasts
         if leads_to(getattr(args, key)) != leads_to(saved.get(key)):
             raise ValueError(f"{out} was started with --{key.replace('_', '-')} {saved.get(key)}, "
                              f"not {getattr(args, key)}; give another --out")
@@ -704,6 +698,9 @@ def settings(parser, device):
         if data.endless:
             raise ValueError("shapes are endless and have no epochs; use --steps")
         args.steps, args.epochs = math.ceil(args.epochs * len(data) / args.batch), None
+    if saved and args.cooldown and args.steps != saved["steps"]:
+        raise ValueError(f"the rate of {out} falls to 0 towards step {saved['steps']}, not "
+                         f"{args.steps}; give another --out")
     return args, checkpoint, (init, of_init), data
 
 
@@ -890,16 +887,13 @@ def main():
     args, checkpoint, init, data = settings(parser, device)
     step = start = checkpoint["step"] if checkpoint else 0
     if step >= args.steps:
-        return print(f"{args.out} is finished: it stands at step {step} of {args.steps}; "
-                     "a larger --steps goes on")
+        return print(f"{args.out} is finished: it stands at step {step} of {args.steps}"
+                     + "; a larger --steps goes on" * (not args.cooldown))
     trainer = Trainer(new_model(args, *init), args, device)
     if args.benchmark:
         return speed_of(trainer, data)
     if checkpoint:
-        models.load_weights(trainer.model, checkpoint["model"], args.out)
-        models.load_weights(trainer.ema, checkpoint["ema"], args.out)
-        for name, optimizer in trainer.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(checkpoint[name]))         # the file is mapped
+        trainer.resume(checkpoint)
     if RANK == 0:
         lock(args.out, "checkpoints", "samples")
         vae = models.load_vae(args.vae).to(device) if data.latent else None

@@ -13,6 +13,7 @@ import math
 import multiprocessing.forkserver
 import os
 import pickle
+import random
 import re
 import resource
 import shlex
@@ -970,6 +971,16 @@ def test_a_run_that_was_stopped_ends_in_the_weights_of_an_unbroken_one(tmp_path,
     assert "run is finished" in ok(tmp_path, f"{command} --steps {end} --out run")
 
 
+def test_the_first_ctrl_c_waits_for_the_pass_and_the_second_does_not(tmp_path):
+    passes = "diffusion.training_loss = lambda *_: (print('a pass', flush=True), time.sleep(600))"
+    run = Run(tmp_path, f"{SMALL} --out run", passes)
+    said = lambda: Path(run.files[0].name).read_text()
+    assert run.until(lambda: "a pass" in said())
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    assert run.until(lambda: "stopping after this pass" in said()) and run.running()
+    assert run.end(signal.SIGINT).status == 130
+
+
 def test_samples_depend_on_seed_and_index_alone(place):
     def samples(batch, ranks=1, seed=0):
         ok(place, "sample.py --ckpt runs/one --num-samples 70 --steps 6 --w-nag 1 --precision fp32 "
@@ -1439,6 +1450,20 @@ def test_what_a_shell_can_do_to_a_script_ends_well(place, line, status, says):
     assert says in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_the_precision_is_the_faster_one_even_where_most_turns_are_interrupted(monkeypatch, slow):
+    rng = random.Random(0)
+
+    def product(a, b):
+        time.sleep(0.002 * (rng.random() < 0.8) + 0.0005 * (a.dtype == slow))
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    fast = {torch.float32: "bf16", torch.bfloat16: "fp32"}[slow]
+    assert train.fast_precision(torch.device("cpu")) == fast
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert train.fast_precision(torch.device("cpu")) == "fp32"
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_threads_are_told_how_to_wait_before_torch_is_loaded(name):
     """Where torch cannot be loaded, an import ends there; by then the environment holds it."""
@@ -1688,6 +1713,22 @@ def test_killed_in_every_writing_the_same_command_ends_in_the_same_files(place, 
     shutil.rmtree(out)
     assert status == start() == 0 and kills > 1
     assert_same(killed, written())
+
+
+def test_what_killed_writers_left_is_cleared_by_the_next_start_and_what_is_written_stays(tmp_path):
+    """A killed writer leaves its file unlocked; this process holds the lock of a living one."""
+    left = [tmp_path / place / ".0000001.pt.tmp" for place in ("run/checkpoints", "run/samples")]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"half")
+    with train.replacing(tmp_path / "run/samples/living.png") as living:
+        ok(tmp_path, f"{SMALL} --steps 1 --out run")
+        assert not any(file.exists() for file in left)
+        left[1].write_bytes(b"half")
+        ok(tmp_path, "sample.py --ckpt run --num 1 --steps 2 --out run/samples/one.png")
+        assert not left[1].exists()
+        living.write(b"whole")
+    assert (tmp_path / "run/samples/living.png").read_bytes() == b"whole"
 
 
 @slow

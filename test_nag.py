@@ -1147,6 +1147,20 @@ def test_measure_tells_the_shift_of_every_weight_and_of_an_estimator_as_guide(pl
     assert np.array_equal(one["arr_1"], two["arr_1"])
 
 
+def test_in_a_fresh_clone_there_is_a_checkpoint_to_sample_and_a_judge_is_trained(tmp_path):
+    few = ("whole = estimator.train_estimator; estimator.train_estimator = "
+           "lambda args: whole(SimpleNamespace(**{**vars(args), 'steps': 3}))")
+    said = ok(tmp_path, "sample.py --w-nag 3 --num 2 --steps 2")
+    assert "train your own with: python train.py" in said and "NAG 3 on 0.1-1" in said
+    assert (tmp_path / said.splitlines()[-1]).parent == tmp_path / "runs/shapes-SiT-Ti-2/samples"
+    said = ok(tmp_path, "estimator.py measure --w-nag 0 3 --num 4 --steps 4", few)
+    assert "runs/estimator-shapes-linear.pt to judge by yet, so it is trained first" in said
+    assert (tmp_path / "runs/shapes-SiT-Ti-2/shift/shift.png").exists()
+    ok(tmp_path, f"{SMALL} --steps 1")
+    said = ok(tmp_path, "sample.py --num 2 --steps 2")           # one's own comes first
+    assert "train your own" not in said and "0000001" in said
+
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     """Two sets of shapes, also darker, one as a folder, too; and random weights of Inception."""
@@ -1346,15 +1360,15 @@ ERRORS = {  # a command, how it goes on, and what the line must name
         ("train --out empty", "empty"), ("train --out tensor.pt", "tensor.pt"),
         ("train --out vp.pt --image-size 8 --steps 7", "vp.pt was trained with")],
     "estimator.py measure --ckpt runs/one": [
-        ("", "runs/estimator-shapes-linear.pt"), ("--judge vp.pt", "interpolant vp"),
+        ("--judge nowhere.pt", "estimator.py train"), ("--judge vp.pt", "interpolant vp"),
         ("--judge others.pt", "data photos"),
         ("--judge good.pt --w-nag-classifier 1", "--estimator"),
         ("--judge good.pt --w-nag-classifier 1 --estimator ./good.pt", "cannot judge"),
         ("--judge good.pt --steps 1", "--steps"), ("--judge good.pt --out file.txt", "file.txt")],
     "fid.py": [("shapes", "REFERENCE"), ("sizes sizes", "--crop"), ("bare.npz bare.npz", "only x")],
     "fid.py shapes": [
-        ("shapes --num 1", "'1'"), ("good.npz --json ./good.npz", "is an input"),
-        ("shapes --save-stats nowhere/stats.npz", "nowhere"),
+        ("shapes --num 1", "'1'"), ("good.npz --json ./good.npz", "an input"),
+        ("shapes --save-stats good.npz/stats.npz", "nothing can be written"),
         ("shapes --features inception --weights other.bin", "other.bin"),
         ("cut.npz", "cut.npz"), ("flipped.npz", "flipped.npz"), ("file.txt", "file.txt"),
         ("short.npz", "claims"), ("pickled.npz", "pickled objects"), ("floats.npz", "float64"),

@@ -249,8 +249,8 @@ def discretized_log_likelihood(x, mean, log_std):
 
 
 def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
-           cfg_interval=(0.0, 1.0), cfg_channels=None, null_class=None, w_classifier=0.0,
-           classifier=None, guide=None, guide_y=None, guide_scale=1.0):
+           cfg_interval=(0.0, 1.0), cfg_channels=None, null_class=None, nag_level=None,
+           w_classifier=0.0, classifier=None, guide=None, guide_y=None, guide_scale=1.0):
     """The guided network as a function denoise(x, t) -> prediction, for the samplers below.
 
         D = D(t, y) + (cfg_scale − 1)   [D(t, y) − D(t, ∅)]
@@ -263,7 +263,9 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
     α = 0, where a velocity holds no score).
 
     y             (B,) int64 classes
-    w_nag         weight of NAG, neutral at 0; `?` is the level hidden (Zhong et al., 2025)
+    w_nag         weight of NAG, neutral at 0; `?` is the level hidden (Zhong et al., 2025), or,
+                  if given, another: nag_level is a function (x, t) -> (B,), such as the level that
+                  an estimator reads, or a level higher than t (Li et al., 2024, arXiv 2412.05827)
     cfg_scale     scale of CFG, neutral at 1; ∅ is null_class, model.num_classes if None
                   (Ho & Salimans, 2022)
     *_interval    (lo, hi), the levels at which NAG acts; those at which CFG and the guide act
@@ -296,7 +298,10 @@ def guided(model, path, y, w_nag=0.0, cfg_scale=1.0, nag_interval=(0.0, 1.0),
         branches = [(time, y, shown)]
         if use_cfg:
             branches.append((time, torch.full_like(y, null_class), shown))
-        if use_nag:
+        if use_nag and nag_level:
+            level = nag_level(x, t).to(x.device).clamp(path.t_min, 1)
+            branches.append((path.network_time(level), y, shown))
+        elif use_nag:
             branches.append((time, y, ~shown))
         times, classes, hidden = map(torch.cat, zip(*branches))
         out = model(torch.cat([x] * len(branches)), times, classes, hidden)

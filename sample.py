@@ -40,6 +40,10 @@ def sampling_arguments(add):
     add("--ckpt", type=path, metavar="PATH", help="checkpoint, folder of a run, or the published "
         f"{', '.join(models.PUBLISHED)} (default: the newest below runs, or the one in assets)")
     add("--model", choices=models.MODELS, metavar="NAME", help="if the checkpoint does not say it")
+    names = {"null": "null", "estimator": "estimator"}
+    against = lambda text: names.get(text) or train.number(float, -1, 1)(text)
+    add("--nag-against", type=against, default="null", metavar="B", help="what NAG guides away "
+        "from: null, the level hidden (default); estimator, the level it reads; a number, t + B")
     add("--nag-interval", **level, help="levels of NAG (default: 0.1 1 on shapes, else 0 1)")
     add("--cfg-scale", type=weight, default=1.0, metavar="S", help="scale of CFG (default: 1)")
     add("--cfg-interval", default=(0, 1), **level, help="levels of CFG and guide (default: 0 1)")
@@ -94,7 +98,7 @@ def settle(args, ckpt, s, device):
     drawn, pixels = train.is_drawn(s["data"]), s["image_size"] == s["input_size"]
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if drawn else 250)
-    nag = np.any(args.w_nag) or args.w_nag_classifier
+    nag, reads = np.any(args.w_nag) or args.w_nag_classifier, args.nag_against == "estimator"
     idle_interval = args.nag_interval and not nag
     args.nag_interval = args.nag_interval or ((0.1, 1.0) if drawn else (0.0, 1.0))
     args.precision = args.precision or train.broadcast(train.fast_precision(device))
@@ -112,7 +116,7 @@ def settle(args, ckpt, s, device):
             any(lo > hi for lo, hi in (args.nag_interval, args.cfg_interval)),
         f"--w-nag needs a model trained with noise dropout, {ckpt} was not; tune it: "
         f"python train.py {tune} --data {s['data'] if drawn else 'DIR'} --out DIR":
-            np.any(args.w_nag) and not s["noise_drop"],
+            np.any(args.w_nag) and args.nag_against == "null" and not s["noise_drop"],
         f"--cfg-scale needs a model trained with class dropout, {ckpt} was not; train one with: "
         "python train.py --class-drop 0.1 --out DIR":
             args.cfg_scale != 1 and not s["class_drop"],
@@ -120,8 +124,10 @@ def settle(args, ckpt, s, device):
             (args.cfg_channels or 0) > s["in_channels"],
         "--guide and --guide-scale go together; give both, or neither":
             bool(args.guide) != (args.guide_scale != 1),
-        "--estimator and --w-nag-classifier go together; give both, or neither":
-            bool(args.estimator) != (args.w_nag_classifier != 0),
+        "--estimator goes with --w-nag-classifier, or --nag-against estimator; give both, or none":
+            bool(args.estimator) != (args.w_nag_classifier != 0 or reads),
+        "--nag-against has no effect without NAG; give a weight, --w-nag W":
+            args.nag_against != "null" and not np.any(args.w_nag),
         "the model draws pixels, and needs no VAE; leave --vae out":
             args.vae and pixels}
     for message, made in mistakes.items():
@@ -181,8 +187,9 @@ def guidance_name(args):
     nag, cfg = (f"on {lo:g}-{hi:g}" for lo, hi in (args.nag_interval, args.cfg_interval))
     channels = f" of {args.cfg_channels} channels" if args.cfg_channels else ""
     alone = " without class" if args.guide_unconditional else ""
+    against = "" if args.nag_against == "null" else f" against {args.nag_against}"
     terms = [
-        (args.w_nag, 0, f"NAG {args.w_nag:g} {nag}"),
+        (args.w_nag, 0, f"NAG {args.w_nag:g}{against} {nag}"),
         (args.w_nag_classifier, 0, f"classifier NAG {args.w_nag_classifier:g} {nag}"),
         (args.cfg_scale, 1, f"CFG {args.cfg_scale:g} {cfg}{channels}"),
         (args.guide_scale, 1, f"guide {args.guide_scale:g}{alone} {cfg}")]
@@ -232,7 +239,11 @@ class Sampler:
     def __init__(self, model, s, args, labels, device, guide=None, estimator=None, vae=None):
         self.model, self.guide, self.vae, self.labels = model, guide, vae, labels
         self.s, self.args, self.device = s, args, device
-        self.classifier = estimator and estimator.gradient
+        self.classifier, self.nag_level = estimator and estimator.gradient, None
+        if args.nag_against == "estimator":
+            self.nag_level = lambda x, t: estimator(x).mean()
+        elif args.nag_against != "null":
+            self.nag_level = lambda x, t: torch.full(x.shape[:1], t + args.nag_against)
         self.path, self.sample = train.PATHS[s["interpolant"]](), SAMPLERS[args.sampler]
         for network in (model, guide) if guide else (model,):
             if args.precision == "bf16":
@@ -256,7 +267,8 @@ class Sampler:
         if guidance:
             terms = dict(w_nag=args.w_nag, nag_interval=args.nag_interval, cfg_scale=args.cfg_scale,
                          cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels,
-                         w_classifier=args.w_nag_classifier, classifier=self.classifier,
+                         nag_level=self.nag_level, w_classifier=args.w_nag_classifier,
+                         classifier=self.classifier,
                          guide=self.guide, guide_scale=args.guide_scale)
         if self.guide and args.guide_unconditional:
             terms["guide_y"] = torch.full_like(y, self.guide.num_classes)

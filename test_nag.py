@@ -264,6 +264,36 @@ def test_nag_is_the_gradient_of_the_level_posterior(path):
 
 
 @by_name
+def test_other_levels_push_a_state_with_too_much_noise_back_and_a_right_one_nowhere(path):
+    """Data N(0, v) in many dimensions: the exact prediction is c(t) x, and |x|² tells the level."""
+    v, vp = 1e-4, isinstance(path, diffusion.VP)
+    variance = lambda t: v * path.alpha(t)**2 + path.sigma(t)**2
+
+    def c(t):                                       # of E[ε|x] = σ x / variance, E[x_0|x] likewise
+        return path.target(v * path.alpha(t), path.sigma(t)) / variance(t)
+
+    def network(x, time, y, drop_noise):
+        return c((time.double() + vp) / (1000 if vp else 1)).view(-1, 1, 1, 1) * x
+
+    def read(x, t):                                 # the level whose variance is that of the state
+        found = [brentq(lambda t: variance(t).item() - square, 1e-3, 1 - 1e-6)
+                 for square in x.square().mean((1, 2, 3)).tolist()]
+        return torch.tensor(found, dtype=torch.float64)
+
+    t, y = 0.3, torch.zeros(64, dtype=torch.long)
+    noise = torch.randn(64, 1, 48, 48, dtype=torch.float64, generator=torch.manual_seed(0))
+    pushes = []
+    for level in (t, t + 0.02):                     # of the state
+        x = variance(level).sqrt() * noise
+        branches = [lambda x, t: t + 0.02 + 0 * y, read]
+        moved, by_reading = (diffusion.guided(network, path, y, 3.0, nag_level=branch)(x, t)
+                             for branch in branches)
+        assert torch.allclose(moved, (4 * c(t) - 3 * c(t + 0.02)) * x, rtol=1e-4)
+        pushes.append(((by_reading - c(t) * x) * x).mean() / x.square().mean())
+    assert abs(pushes[0]) < 0.05 * pushes[1]        # along x: the sampler then takes more of it away
+
+
+@by_name
 def test_an_ideal_null_branch_gives_half_of_the_posterior_gradient_or_less(path):
     """A trained null branch gives E[prediction|x] over the levels, converted at one of them. If all
     is noise (x_0 = 0 in 400 dimensions), the level is read off |x|: by quadrature, the difference
@@ -1153,9 +1183,12 @@ def test_in_a_fresh_clone_there_is_a_checkpoint_to_sample_and_a_judge_is_trained
     said = ok(tmp_path, "sample.py --w-nag 3 --num 2 --steps 2")
     assert "train your own with: python train.py" in said and "NAG 3 on 0.1-1" in said
     assert (tmp_path / said.splitlines()[-1]).parent == tmp_path / "runs/shapes-SiT-Ti-2/samples"
-    said = ok(tmp_path, "estimator.py measure --w-nag 0 3 --num 4 --steps 4", few)
+    said = ok(tmp_path, "estimator.py measure --w-nag 0 3 --nag-against 0.02 --num 4 --steps 4", few)
     assert "runs/estimator-shapes-linear.pt to judge by yet, so it is trained first" in said
+    assert "NAG 3 against 0.02 on 0.1-1" in said
     assert (tmp_path / "runs/shapes-SiT-Ti-2/shift/shift.png").exists()
+    ok(tmp_path, "sample.py --w-nag 3 --nag-against estimator --num 2 --steps 2 --estimator "
+       "runs/estimator-shapes-linear.pt")
     ok(tmp_path, f"{SMALL} --steps 1")
     said = ok(tmp_path, "sample.py --num 2 --steps 2")           # one's own comes first
     assert "train your own" not in said and "0000001" in said
@@ -1343,6 +1376,8 @@ ERRORS = {  # a command, how it goes on, and what the line must name
         ("plain.pt --w-nag 3", "--noise-drop"), ("plain.pt --cfg-scale 3", "--class-drop"),
         ("runs/tuned --steps 1001", "1001"), ("runs/tuned --vae published.pt", "does not fit")],
     "sample.py --steps 2 --ckpt runs/one": [
+        ("--nag-against 0.02", "no effect"), ("--w-nag 1 --nag-against me", "'me'"),
+        ("--w-nag 1 --nag-against estimator", "--estimator"),
         ("--model DiT-Ti/2", "holds a SiT-Ti/2, not a DiT-Ti/2"), ("--sampler ddpm", "ddpm"),
         ("--classes circle dog", "'dog'"), ("--w-nag 1 --nag-interval 0.5 0.1", "--nag-interval"),
         ("--cfg-scale 2 --cfg-interval 0 1.1", "1.1"), ("--out grid.gif", "grid.gif"),

@@ -507,8 +507,8 @@ def test_shapes_are_a_function_of_seed_and_index_and_some_are_a_data_set_of_thei
     assert same.sum() > 60 and np.array_equal(images[same], few[same])          # the very images
 
 
-BATCHES = dict(seed=0, batch=4, interpolant="vp", class_drop=0.5, noise_drop=0.3, in_channels=3,
-               input_size=16, num_classes=2)
+BATCHES = dict(seed=0, batch=4, interpolant="vp", levels="uniform", class_drop=0.5, noise_drop=0.3,
+               in_channels=3, input_size=16, num_classes=2)
 
 
 def write_photos(folder):

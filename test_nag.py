@@ -1366,7 +1366,7 @@ ERRORS = {  # a command, how it goes on, and what the line must name
     "train.py --steps 21": [
         ("--out ''", "--out"), ("--out /proc/run", "/proc/run"), ("--out file.txt/run", "file.txt"),
         ("--out runs/damaged", "runs/damaged/checkpoints/0000005.pt"),
-        ("--out runs/one --lr 0.5", "started with --lr 0.006, not 0.5"),
+        ("--out runs/one --lr 0.5", "started with --lr 0.004, not 0.5"),
         ("--out runs/one --model DiT-Ti/2", "started with --model SiT-Ti/2")],
     "sample.py --steps 2 --ckpt": [
         ("nowhere.pt", "nowhere.pt"), ("file.txt", "file.txt"), ("tensor.pt", "tensor.pt"),

@@ -237,30 +237,32 @@ def train_classifier(images, labels, num_classes, seed=0, steps=1000, batch=128,
 def open_classifier(reference):
     """The Classifier of the reference's classes, kept in pretrained/ once it is trained."""
     lessons = Side(reference.name, 2, None, reference.args)
-    lessons.size, classes = reference.size, lessons.classes
+    lessons.size, count = reference.size, len(lessons.classes)
     file = Path(__file__).with_name("assets") / "shapes-classifier.pt"
     if (lessons.name, lessons.size) != ("shapes", (16, 16)) or not file.exists():
-        states = {name: os.stat(name) for name in ([] if lessons.drawn else lessons.data.files)}
-        key = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states.items()]
-        key += [lessons.name, str(lessons.size)]
-        file = Path("pretrained", f"classifier-{train.digest(key)}.pt")
+        states = [] if lessons.drawn else [(name, os.stat(name)) for name in lessons.data.files]
+        key = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
+        digest = train.digest([lessons.name, str(lessons.size), *key])
+        file = Path("pretrained", f"classifier-{digest}.pt")
     with train.rank_0_first():
         if not file.exists():
             train.must_be_writable(file)
             file.parent.mkdir(exist_ok=True)
-            images = torch.cat(list(lessons.read(range(lessons.batches))))
-            network, right = train_classifier(images, torch.as_tensor(lessons.labels), len(classes))
+            batches = range(math.ceil(lessons.num / lessons.args.batch))
+            images = train.load(lessons, batches, train.WORKERS, torch.device("cpu"))
+            images, labels = torch.cat(list(images)), torch.as_tensor(lessons.labels)
+            network, right = train_classifier(images, labels, count)
             with train.replacing(file) as open_file:
                 torch.save({"classifier": network.half().state_dict(), "right": right}, open_file)
     with naming(f"{file} is damaged; remove it, and it is made anew"):
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():                   # one flipped bit would change every number
                 raise ValueError("a checksum is wrong")
-        saved = models.load_file(file)
-        clean, grainy = saved["right"]
-        print(f"{file} is right on {clean:.1%} of the images held out, with grain on {grainy:.1%}")
-        sizes = {"size": max(lessons.size), "num_classes": len(classes)}
-        return models.restore(Classifier, sizes, saved["classifier"], file)
+        saved, sizes = models.load_file(file), {"size": max(lessons.size), "num_classes": count}
+        network = models.restore(Classifier, sizes, saved["classifier"], file)
+        clean, grainy = map(float, saved["right"])
+    print(f"{file} is right on {clean:.1%} of the images held out, with grain on {grainy:.1%}")
+    return network
 
 
 NETWORKS = {"inception": InceptionV3, "classifier": Classifier, "random": RandomFeatures}
@@ -400,23 +402,22 @@ class Side:
             self.open_archive()
         elif self.drawn:
             self.data, self.num = train.Shapes(1, seed, name), most or 10_000
-            self.labels = self.data.images(self.data.held_out + np.arange(self.num))[1]
-            self.classes = self.data.classes
+            self.indices = self.data.held_out + np.arange(self.num)
+            self.labels, self.classes = self.data.images(self.indices)[1], self.data.classes
         else:
             self.data = train.ImageFolder(name, args.crop)
             self.num = len(self.data.files[:most])
-            size = train.read_image(self.data.files[0]).size
-            self.size = (args.crop, args.crop) if args.crop else size[::-1]
+            first = train.read_image(self.data.files[0])
+            self.size = 2 * (args.crop,) if args.crop else first.size[::-1]
             if self.data.classes != ["all"]:
                 self.labels, self.classes = self.data.labels[:self.num], self.data.classes
-        self.batches = math.ceil(self.num / args.batch)
 
     def use(self, network):
         """Forget the features of another network."""
         self.network, self.known_features, self.known_moments = network, {}, {}      # by kind
 
     def open_archive(self):
-        with naming(self.name), zipfile.ZipFile(self.name) as archive, np.load(self.name) as found:
+        with naming(self.name), np.load(self.name) as found:
             for kind, (mean, sigma) in MOMENTS.items():
                 if mean in found or sigma in found:
                     self.known_moments[kind] = Moments.of_statistics(found[mean], found[sigma])
@@ -431,7 +432,7 @@ class Side:
                 if self.network not in ("inception", "random"):
                     raise ValueError(f"{self.network} features fit no others; give the images")
             if "arr_0" in found:
-                _, (num, *size, _) = open_images(archive)
+                _, (num, *size, _) = open_images(found.zip)
                 self.num, self.size = min(num, self.most or num), tuple(size)
                 if "arr_1" in found and found["arr_1"].shape == (num,):
                     self.labels = found["arr_1"][:self.num]
@@ -445,7 +446,10 @@ class Side:
                 raise Missing(f"{self.name} has no {kind} features")
             train.broadcast(self.args.sides.index(self))          # the other ranks wait for this
             self.known_features = {**self.compute(), **self.known_features}
-        return self.known_features[kind].to(self.args.device)
+        features = self.known_features[kind]
+        if not features.isfinite().all():
+            raise ValueError(f"{kind} features of {self.name} are not finite; give other --weights")
+        return features.to(self.args.device)
 
     def moments(self, kind):
         if kind not in self.known_moments:
@@ -455,31 +459,22 @@ class Side:
     @torch.no_grad()
     def compute(self):
         """The features of all images {kind: (N, D)}, on rank 0. Each rank computes its share."""
+        device, batches = self.args.device, range(math.ceil(self.num / self.args.batch))
         network = open_network(self.network, self.args.sides[-1])
-        first, end = (self.batches * rank // train.WORLD for rank in (train.RANK, train.RANK + 1))
-        share = {kind: [] for kind in network.widths}
-        images = self.read(range(first, end))
-        for batch in train.progress(iterable=images, total=end - first, desc=self.name):
-            for kind, part in zip(share, network(batch.to(self.args.device))):
-                if not part.isfinite().all():
-                    raise train.DataError(f"{kind} features of {self.name} are not finite; give "
-                                          "the right --weights")
-                share[kind].append(part.cpu())
-        shares = [share]
+        first, end = (len(batches) * rank // train.WORLD for rank in (train.RANK, train.RANK + 1))
+        mine = batches[first:end]
+        images = self.read(mine) if self.archive else train.load(self, mine, train.WORKERS, device)
+        shares = [[[features.cpu() for features in network(batch.to(device))]
+                   for batch in train.progress(iterable=images, total=len(mine), desc=self.name)]]
         if train.WORLD > 1:
-            shares = [None] * train.WORLD
+            share, shares = shares[0], [None] * train.WORLD
             dist.gather_object(share, None if train.RANK else shares)
         if train.RANK == 0:
-            return {kind: torch.cat([part for share in shares for part in share.pop(kind)])
-                    for kind in network.widths}
+            parts = zip(*(batch for share in shares for batch in share))
+            return {kind: torch.cat(of_batches) for kind, of_batches in zip(network.widths, parts)}
 
     def read(self, numbers):
-        """The batches of a range of numbers, in order, uint8 (n, 3, H, W)."""
-        if self.archive:
-            return self.read_archive(numbers)
-        return train.load(self, numbers, train.WORKERS, self.args.device)
-
-    def read_archive(self, numbers):
+        """Yield the batches of these numbers from an .npz, uint8 (n, 3, H, W)."""
         with naming(self.name, train.DataError), zipfile.ZipFile(self.name) as archive:
             file, (_, *shape) = open_images(archive)
             for number in range(numbers.stop):
@@ -489,19 +484,19 @@ class Side:
                     yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
     def __getitem__(self, number):
-        """Batch `number` of shapes, or from a folder: what a worker of train.load prepares."""
-        rows = range(number * self.args.batch, min((number + 1) * self.args.batch, self.num))
+        """Batch `number` of shapes, or from a folder, uint8 (n, 3, H, W): what train.load reads."""
+        rows = slice(number * self.args.batch, (number + 1) * self.args.batch)
         if self.drawn:
             self.data.image_size = self.size[0]                   # as choose_networks() set it
-            return torch.from_numpy(self.data.images([self.data.held_out + i for i in rows])[0])
-        images, files = [], self.data.files
-        for file in files[rows.start:rows.stop]:
+            return torch.from_numpy(self.data.images(self.indices[rows])[0])
+        images = []
+        for file in self.data.files[:self.num][rows]:
             image = train.read_image(file)
             if self.args.crop:
                 image = train.centre_crop(image, self.args.crop)
             elif image.size[::-1] != self.size:
-                size = f"{image.width}×{image.height}"
-                raise train.DataError(f"{file} is {size}, {files[0]} is not; give --crop N")
+                raise train.DataError(f"{file} is {image.width}×{image.height}, "
+                                      f"{self.data.files[0]} is not; give --crop N")
             images.append(np.asarray(image))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
@@ -535,16 +530,14 @@ def choose_networks(sides, asked):
     sizes = {side.size for side in sides if side.size} or {(16, 16)}
     for side in drawn:
         side.size = 2 * min(sizes)[:1]                            # shapes are drawn on squares
+        sizes.add(side.size)
     known = [side.network for side in sides if side.network]
     learnable = len(reference.classes or ()) > 1
-    by_default = "classifier" if learnable else "random"
-    if not drawn and max(map(max, sizes)) >= 64:
-        by_default = "inception"
+    large = max(map(max, sizes)) >= 64 and not drawn
+    by_default = "inception" if large else "classifier" if learnable else "random"
     networks = list(dict.fromkeys(asked or known[:1] or [by_default]))
-    sizes |= {side.size for side in drawn}
     if len(sizes) > 1 and (drawn or networks != ["inception"]):
-        raise ValueError(f"images of {sorted(sizes)} differ in size; by {networks[-1]} features "
-                         "only images of one size can be compared")
+        raise ValueError(f"{networks[-1]} features compare images of one size, not {sorted(sizes)}")
     for side in sides:
         if side.network and networks != [side.network]:
             raise ValueError(f"{side.name} holds {side.network} features; compare like with like")
@@ -552,10 +545,6 @@ def choose_networks(sides, asked):
         raise ValueError(f"{reference.name} has no two classes to learn; give shapes, or a folder "
                          "with class sub-folders, or other --features")
     return networks
-
-
-def distance(samples, reference, kind):
-    return reference.moments(kind).distance(samples.moments(kind))
 
 
 def recognised(samples, reference, kind):
@@ -570,8 +559,8 @@ def recognised(samples, reference, kind):
 
 
 METRICS = {     # title by Inception, by other networks; kind k of features; of samples a against b
-    "fid": ("FID", "FD-{}", "pool", distance),
-    "sfid": ("sFID", "sFD-{}", "spatial", distance),
+    "fid": ("FID", "FD-{}", "pool", lambda a, b, k: b.moments(k).distance(a.moments(k))),
+    "sfid": ("sFID", "sFD-{}", "spatial", lambda a, b, k: b.moments(k).distance(a.moments(k))),
     "is": ("Inception Score", "IS-{}", "logits", lambda a, b, k: inception_score(a.features(k))),
     "recognised": ("recognised", "recognised", "class", recognised),
     "precision": ("precision", "precision", "pool",
@@ -650,15 +639,15 @@ def report(rows):
         print(f"| {' | '.join(cells)} |")
     if left_out:
         print(f"left out: {left_out}")
-    nums = [num for row in rows for num in (row["num_samples"], row["num_reference"]) if num]
+    nums = [row[key] for row in rows for key in ("num_samples", "num_reference") if row[key]]
     dimensions = max(NETWORKS[network].widths["pool"] for network in rows[0]["features"])
-    if min(nums, default=math.inf) < dimensions:
+    if min(nums, default=dimensions) < dimensions:
         print(f"warning: {min(nums)} images are fewer than the {dimensions:,} dimensions of the "
               "features; a Fréchet distance is then mostly bias", file=sys.stderr)
 
 
-def open_outputs(args):
-    """Raises ValueError or OSError before the work where a result could not be written."""
+def main():
+    args = arguments()
     taken = {train.leads_to(name) for name in (*args.samples, args.reference, args.weights)}
     for path in filter(None, (args.json, args.save_stats)):
         if os.path.isdir(path) or train.leads_to(path) in taken:
@@ -666,20 +655,14 @@ def open_outputs(args):
         taken.add(path)
         train.must_be_writable(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
-def main():
-    args = arguments()
-    open_outputs(args)
     args.device = train.join_ranks()
     sets = [Side(name, 1, args.num, args) for name in args.samples]
     reference = Side(args.reference, 0, args.num, args)
     args.sides = [*sets, reference]
     networks = choose_networks(args.sides, args.features)
-    kept = next((name for name in networks if name != "classifier"), None)
-    if args.save_stats and not kept:
-        raise ValueError("--save-stats keeps features that other data have, too, and a classifier "
-                         "is of its reference alone; give other --features")
+    if args.save_stats and "classifier" in networks:
+        raise ValueError("--save-stats cannot keep the features of a classifier, which is of this "
+                         "reference alone; give other --features")
     rows = [{"samples": samples.name, "reference": reference.name, "features": networks,
              "num_samples": samples.num, "num_reference": reference.num, "metrics": {},
              "left_out": {}}
@@ -692,7 +675,7 @@ def main():
             while (number := train.broadcast(None)) is not None:  # rank 0 asks for features
                 args.sides[number].compute()
             continue
-        if args.save_stats and network == kept:
+        if args.save_stats and network == networks[0]:
             save_statistics(reference, args.save_stats)
         for samples, row in zip(sets, rows):
             compare(samples, reference, args.metrics, row)

@@ -1305,7 +1305,7 @@ def test_a_classifier_of_the_shapes_sees_what_is_wrong_with_them(sets):
 def test_a_folder_of_classes_gets_a_classifier_of_its_own_once(sets):
     """Dark images against bright ones. Labels that are none are not recognised. It is learned anew
     when an image has changed, and a damaged one is not believed."""
-    few = "fid.train_classifier.__defaults__ = (0, 30, 32, 16)"
+    few = "fid.train_classifier.__wrapped__.__defaults__ = (0, 30, 32, 16)"
     images = train.Shapes(16).images(range(60))[0].transpose(0, 2, 3, 1)
     for i, image in enumerate(images):
         for name, pixels in (("bright", image // 2 + 128), ("dark", image // 8)):

@@ -187,7 +187,7 @@ class Classifier(nn.Module):
     def __init__(self, size, num_classes):
         super().__init__()
         layers, width = [conv(3, 32, 3)], 32
-        while size > 4:
+        while size > 4 or width < 128:
             out, size = min(2 * width, 128), math.ceil(size / 2)
             layers += [conv(width, out, 3, stride=2, padding=1), conv(out, out, 3)]
             width = out
@@ -195,8 +195,9 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         maps = self.maps(images.float() / 127.5 - 1)
-        logits = self.fc(maps.mean((2, 3)))
-        return maps.mean((2, 3)), maps[:, :16].flatten(1), logits, logits.argmax(1)
+        pool = maps.mean((2, 3))
+        logits = self.fc(pool)
+        return pool, maps[:, :16].flatten(1), logits, logits.argmax(1)
 
 
 @torch.enable_grad()
@@ -209,7 +210,7 @@ def train_classifier(images, labels, num_classes, seed=0, steps=1000, batch=128,
     torch.manual_seed(seed)
     network, rng = Classifier(max(images.shape[2:]), num_classes), train.generator(seed, "lessons")
     order = torch.from_numpy(rng.permutation(len(images)))
-    held_out, rest = order[:len(images) // 10], order[len(images) // 10:]
+    held_out, rest = order.tensor_split([math.ceil(len(images) / 10)])
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
 
@@ -217,6 +218,10 @@ def train_classifier(images, labels, num_classes, seed=0, steps=1000, batch=128,
         noise = rng.standard_normal((len(chosen), *images.shape[1:]), np.float32) * deviation
         *_, logits, taken = network(images[chosen] + torch.from_numpy(noise))
         return logits, taken
+
+    def share_right(deviation):
+        taken = torch.cat([classify(part, deviation)[1] for part in held_out.split(512)])
+        return (taken == labels[held_out]).double().mean().item()
 
     for _ in train.progress(iterable=range(steps), desc="learning the reference's classes"):
         chosen = rest[rng.integers(0, len(rest), batch)]
@@ -226,34 +231,38 @@ def train_classifier(images, labels, num_classes, seed=0, steps=1000, batch=128,
         optimizer.zero_grad()
         schedule.step()
     network.eval().requires_grad_(False)
-    return network, [share_equal(torch.cat([classify(part, deviation)[1]
-                                            for part in held_out.split(512)]), labels[held_out])
-                     for deviation in (0, grain / 2)]
+    return network, [share_right(0), share_right(grain / 2)]
 
 
 def open_classifier(reference):
-    """The Classifier of a side's classes, kept in pretrained/ once it is trained."""
-    learned = Side(reference.name, None, reference.args)          # drawn shapes are others
-    learned.size, file = reference.size, Path(__file__).with_name("assets") / "shapes-classifier.pt"
-    if (learned.name, learned.size) != ("shapes", (16, 16)) or not file.exists():
-        files = [] if learned.drawn else learned.data.files[:learned.num]
-        key = [learned.name, str(learned.size), *(f"{f} {os.path.getsize(f)}" for f in files)]
-        file = Path("pretrained", f"classifier-{train.digest(key)}.pt")
-    if train.RANK == 0 and not file.exists():
-        batches = range(math.ceil(learned.num / learned.args.batch))
-        images = list(train.load(learned, batches, train.WORKERS, learned.args.device))
-        labels = torch.as_tensor(learned.labels)
-        network, right = train_classifier(torch.cat(images), labels, len(learned.classes))
-        file.parent.mkdir(exist_ok=True)
-        with train.replacing(file) as open_file:
-            torch.save({"classifier": network.half().state_dict(), "right": right}, open_file)
-    if train.WORLD > 1:
-        dist.barrier()
-    saved = models.load_file(file)
-    clean, grainy = saved.get("right", (math.nan, math.nan))
+    """The Classifier of the reference's classes, kept in pretrained/ once it is trained."""
+    lessons = Side(reference.name, 2, None, reference.args)
+    lessons.size, count = reference.size, len(lessons.classes)
+    file = Path(__file__).with_name("assets") / "shapes-classifier.pt"
+    if (lessons.name, lessons.size) != ("shapes", (16, 16)) or not file.exists():
+        states = [] if lessons.drawn else [(name, os.stat(name)) for name in lessons.data.files]
+        key = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
+        digest = train.digest([lessons.name, str(lessons.size), *key])
+        file = Path("pretrained", f"classifier-{digest}.pt")
+    with train.rank_0_first():
+        if not file.exists():
+            train.must_be_writable(file)
+            file.parent.mkdir(exist_ok=True)
+            batches = range(math.ceil(lessons.num / lessons.args.batch))
+            images = train.load(lessons, batches, train.WORKERS, torch.device("cpu"))
+            images, labels = torch.cat(list(images)), torch.as_tensor(lessons.labels)
+            network, right = train_classifier(images, labels, count)
+            with train.replacing(file) as open_file:
+                torch.save({"classifier": network.half().state_dict(), "right": right}, open_file)
+    with naming(f"{file} is damaged; remove it, and it is made anew"):
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():                   # one flipped bit would change every number
+                raise ValueError("a checksum is wrong")
+        saved, sizes = models.load_file(file), {"size": max(lessons.size), "num_classes": count}
+        network = models.restore(Classifier, sizes, saved["classifier"], file)
+        clean, grainy = map(float, saved["right"])
     print(f"{file} is right on {clean:.1%} of the images held out, with grain on {grainy:.1%}")
-    sizes = {"size": max(learned.size), "num_classes": len(learned.classes)}
-    return models.restore(Classifier, sizes, saved.get("classifier"), file)
+    return network
 
 
 NETWORKS = {"inception": InceptionV3, "classifier": Classifier, "random": RandomFeatures}
@@ -299,14 +308,11 @@ class Moments:
         tolerance = 1e-4 * sigma.abs().max()                      # more than float32 is off by
         if (sigma - sigma.T).abs().max() > tolerance:
             raise ValueError("a covariance is not symmetric")
-        factor, singular = torch.linalg.cholesky_ex(sigma)
-        if singular:
-            values, vectors = torch.linalg.eigh(sigma)
-            if values[0] < -tolerance:
-                raise ValueError(f"a covariance has a negative eigenvalue, {values[0]:.3g}")
-            kept = values > len(mean) * torch.finfo(torch.float64).eps * values[-1]
-            factor = vectors[:, kept] * values[kept].sqrt()
-        return cls(mean, factor)
+        values, vectors = torch.linalg.eigh(sigma)
+        if values[0] < -tolerance:
+            raise ValueError(f"a covariance has a negative eigenvalue, {values[0]:.3g}")
+        kept = values > len(mean) * torch.finfo(torch.float64).eps * values[-1]
+        return cls(mean, vectors[:, kept] * values[kept].sqrt())
 
     @classmethod
     def of_features(cls, features):
@@ -365,10 +371,6 @@ def covered(points, centres, k=3):
     return torch.cat(inside).double().mean().item()
 
 
-def share_equal(a, b):
-    return (a.cpu() == b.cpu()).double().mean().item()
-
-
 def precision_recall(real, fake, k=3):
     """Precision and recall of features real (N, D) and fake (M, D); ValueError below k + 1 each."""
     return covered(fake, real, k), covered(real, fake, k)
@@ -384,31 +386,30 @@ class Side:
     """Drawn shapes, a folder of images, or an .npz of images, statistics of features, or both.
 
     It has `num` images of `size` (height, width), `labels` (num,) and names of `classes` where they
-    are known, and what is known of the features of `network`. `number` is its place among the
-    sides, by which rank 0 names it to the other ranks. Raises ValueError for damaged files.
+    are known, and what is known of the features of `network`. Raises ValueError for damaged files.
+
+    seed  of drawn shapes: 0 for a reference, 1 for samples, 2 for what a classifier learns
+    most  only so many images, None for all; of shapes, 10,000
     """
 
-    def __init__(self, name, number, args):
-        self.name, self.number, self.args = name, number, args
-        most = args.num if number is not None else None           # None: what a classifier learns
+    def __init__(self, name, seed, most, args):
+        self.name, self.most, self.args = name, most, args
         self.num, self.size, self.labels, self.classes = 0, None, None, None
         self.use(None)
         self.drawn = train.is_drawn(name)
         self.archive = not self.drawn and not os.path.isdir(name)
-        if self.drawn:
-            seed = 2 if number is None else int(number < len(args.samples))      # all differ
-            self.data, self.num = train.Shapes(16, seed, name), most or 10_000
-            indices = self.data.held_out + np.arange(self.num)
-            self.labels = train.Shapes(1, seed, name).images(indices)[1]
-            self.classes = self.data.classes
-        elif self.archive:
+        if self.archive:
             self.open_archive()
+        elif self.drawn:
+            self.data, self.num = train.Shapes(1, seed, name), most or 10_000
+            self.indices = self.data.held_out + np.arange(self.num)
+            self.labels, self.classes = self.data.images(self.indices)[1], self.data.classes
         else:
             self.data = train.ImageFolder(name, args.crop)
-            self.num = min(len(self.data), most or len(self.data))
-            size = train.read_image(self.data.files[0]).size
-            self.size = (args.crop, args.crop) if args.crop else size[::-1]
-            if len(self.data.classes) > 1:
+            self.num = len(self.data.files[:most])
+            first = train.read_image(self.data.files[0])
+            self.size = 2 * (args.crop,) if args.crop else first.size[::-1]
+            if self.data.classes != ["all"]:
                 self.labels, self.classes = self.data.labels[:self.num], self.data.classes
 
     def use(self, network):
@@ -416,22 +417,24 @@ class Side:
         self.network, self.known_features, self.known_moments = network, {}, {}      # by kind
 
     def open_archive(self):
-        with naming(self.name), zipfile.ZipFile(self.name) as archive, np.load(self.name) as found:
+        with naming(self.name), np.load(self.name) as found:
             for kind, (mean, sigma) in MOMENTS.items():
                 if mean in found or sigma in found:
                     self.known_moments[kind] = Moments.of_statistics(found[mean], found[sigma])
             if "pool" in found:
-                pool = torch.as_tensor(found["pool"][:self.args.num], dtype=torch.float32)
+                pool = torch.as_tensor(found["pool"][:self.most], dtype=torch.float32)
                 if pool.ndim != 2 or not pool.isfinite().all():
                     raise ValueError("pool does not hold finite features (N, D)")
                 self.known_features["pool"] = pool
             if self.known_moments or self.known_features:
                 self.network = str(found["network"]) if "network" in found else "inception"
-                self.size = tuple(found["size"].tolist()) if "size" in found else None
+                self.size = tuple(map(int, found["size"])) if "size" in found else None
+                if self.network not in ("inception", "random"):
+                    raise ValueError(f"{self.network} features fit no others; give the images")
             if "arr_0" in found:
-                _, (num, *size, _) = open_images(archive)
-                self.num, self.size = min(num, self.args.num or num), tuple(size)
-                if "arr_1" in found:
+                _, (num, *size, _) = open_images(found.zip)
+                self.num, self.size = min(num, self.most or num), tuple(size)
+                if "arr_1" in found and found["arr_1"].shape == (num,):
                     self.labels = found["arr_1"][:self.num]
             elif not self.network:
                 raise ValueError(f"no images (arr_0), no statistics (mu), only {', '.join(found)}")
@@ -441,9 +444,12 @@ class Side:
         if kind not in self.known_features:
             if not self.num or kind not in NETWORKS[self.network].widths:
                 raise Missing(f"{self.name} has no {kind} features")
-            train.broadcast(self.number)                          # the other ranks wait for this
+            train.broadcast(self.args.sides.index(self))          # the other ranks wait for this
             self.known_features = {**self.compute(), **self.known_features}
-        return self.known_features[kind].to(self.args.device)
+        features = self.known_features[kind]
+        if not features.isfinite().all():
+            raise ValueError(f"{kind} features of {self.name} are not finite; give other --weights")
+        return features.to(self.args.device)
 
     def moments(self, kind):
         if kind not in self.known_moments:
@@ -453,31 +459,19 @@ class Side:
     @torch.no_grad()
     def compute(self):
         """The features of all images {kind: (N, D)}, on rank 0. Each rank computes its share."""
-        device = self.args.device
+        device, batches = self.args.device, range(math.ceil(self.num / self.args.batch))
         network = open_network(self.network, self.args.sides[-1])
-        batches = math.ceil(self.num / self.args.batch)
-        mine = range(batches * train.RANK // train.WORLD, batches * (train.RANK + 1) // train.WORLD)
+        first, end = (len(batches) * rank // train.WORLD for rank in (train.RANK, train.RANK + 1))
+        mine = batches[first:end]
         images = self.read(mine) if self.archive else train.load(self, mine, train.WORKERS, device)
-        share = {kind: [] for kind in network.widths}
-        for batch in train.progress(iterable=images, total=len(mine), desc=self.name):
-            for kind, part in zip(share, network(batch.to(device))):
-                if not part.isfinite().all():
-                    raise ValueError(f"{kind} features are not finite; give the right --weights")
-                share[kind].append(part.cpu())
-        shares = [share]
+        shares = [[[features.cpu() for features in network(batch.to(device))]
+                   for batch in train.progress(iterable=images, total=len(mine), desc=self.name)]]
         if train.WORLD > 1:
-            shares = [None] * train.WORLD
+            share, shares = shares[0], [None] * train.WORLD
             dist.gather_object(share, None if train.RANK else shares)
         if train.RANK == 0:
-            return {kind: torch.cat([part for share in shares for part in share.pop(kind)])
-                    for kind in network.widths}
-
-    def labels_among(self, classes):
-        """Labels (num,) as places in a list of names; raises Missing."""
-        names = self.classes or classes                           # an .npz has numbers alone
-        if self.labels is None or not set(names) <= set(classes) or max(self.labels) >= len(names):
-            raise Missing(f"{self.name} has no labels, or others than the reference")
-        return torch.tensor([classes.index(names[label]) for label in self.labels])
+            parts = zip(*(batch for share in shares for batch in share))
+            return {kind: torch.cat(of_batches) for kind, of_batches in zip(network.widths, parts)}
 
     def read(self, numbers):
         """Yield the batches of these numbers from an .npz, uint8 (n, 3, H, W)."""
@@ -491,18 +485,18 @@ class Side:
 
     def __getitem__(self, number):
         """Batch `number` of shapes, or from a folder, uint8 (n, 3, H, W): what train.load reads."""
-        rows = range(number * self.args.batch, min((number + 1) * self.args.batch, self.num))
+        rows = slice(number * self.args.batch, (number + 1) * self.args.batch)
         if self.drawn:
             self.data.image_size = self.size[0]                   # as choose_networks() set it
-            return torch.from_numpy(self.data.images([self.data.held_out + i for i in rows])[0])
-        images, files = [], self.data.files
-        for file in files[rows.start:rows.stop]:
+            return torch.from_numpy(self.data.images(self.indices[rows])[0])
+        images = []
+        for file in self.data.files[:self.num][rows]:
             image = train.read_image(file)
             if self.args.crop:
                 image = train.centre_crop(image, self.args.crop)
             elif image.size[::-1] != self.size:
-                size = f"{image.width}×{image.height}"
-                raise train.DataError(f"{file} is {size}, {files[0]} is not; give --crop N")
+                raise train.DataError(f"{file} is {image.width}×{image.height}, "
+                                      f"{self.data.files[0]} is not; give --crop N")
             images.append(np.asarray(image))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
@@ -532,47 +526,63 @@ def open_images(archive):
 
 def choose_networks(sides, asked):
     """The networks to compare by; sets the size of drawn shapes. ValueError where none fits."""
+    reference, drawn = sides[-1], [side for side in sides if side.drawn]
     sizes = {side.size for side in sides if side.size} or {(16, 16)}
-    drawn, reference = [side for side in sides if side.drawn], sides[-1]
-    small = drawn or all(max(size) < 64 for size in sizes)
-    given = [side.network for side in sides if side.network]
-    by_default = "inception" if not small else "classifier" if reference.classes else "random"
-    networks = list(dict.fromkeys(asked or given[:1] or [by_default]))
     for side in drawn:
         side.size = 2 * min(sizes)[:1]                            # shapes are drawn on squares
-    sizes |= {side.size for side in drawn}
+        sizes.add(side.size)
+    known = [side.network for side in sides if side.network]
+    learnable = len(reference.classes or ()) > 1
+    large = max(map(max, sizes)) >= 64 and not drawn
+    by_default = "inception" if large else "classifier" if learnable else "random"
+    networks = list(dict.fromkeys(asked or known[:1] or [by_default]))
     if len(sizes) > 1 and (drawn or networks != ["inception"]):
-        raise ValueError(f"{networks[0]} features compare images of one size, not {sorted(sizes)}")
+        raise ValueError(f"{networks[-1]} features compare images of one size, not {sorted(sizes)}")
     for side in sides:
-        if side.network and networks != [side.network] or networks[0] not in NETWORKS:
+        if side.network and networks != [side.network]:
             raise ValueError(f"{side.name} holds {side.network} features; compare like with like")
-    if "classifier" in networks and not reference.classes:
-        raise ValueError(f"{reference.name} has no classes to learn; give shapes, or a folder with "
-                         "class sub-folders, or other --features")
+    if "classifier" in networks and not learnable:
+        raise ValueError(f"{reference.name} has no two classes to learn; give shapes, or a folder "
+                         "with class sub-folders, or other --features")
     return networks
 
 
-METRICS = {     # name: title, kind k of features, function of samples a, reference b and k
-    "fid": ("FID", "pool", lambda a, b, k: b.moments(k).distance(a.moments(k))),
-    "sfid": ("sFID", "spatial", lambda a, b, k: b.moments(k).distance(a.moments(k))),
-    "is": ("Inception Score", "logits", lambda a, b, k: inception_score(a.features(k))),
-    "recognised": ("recognised", "class", lambda a, b, k: share_equal(
-        a.features(k), a.labels_among(b.classes))),
-    "precision": ("precision", "pool", lambda a, b, k: covered(a.features(k), b.features(k))),
-    "recall": ("recall", "pool", lambda a, b, k: covered(b.features(k), a.features(k))),
+def recognised(samples, reference, kind):
+    """Share of the samples that the reference's classifier takes for their class."""
+    labels, classes = np.asarray(samples.labels), reference.classes
+    names = samples.classes or classes                            # an .npz has numbers alone
+    if labels.shape != (samples.num,) or labels.dtype.kind not in "iu" or min(labels) < 0 \
+            or max(labels) >= len(names) or not set(names) <= set(classes):
+        raise Missing(f"{samples.name} does not name a class of the reference for each image")
+    found = samples.features(kind).tolist()
+    return np.mean([names[label] == classes[k] for label, k in zip(labels, found)]).item()
+
+
+METRICS = {     # title by Inception, by other networks; kind k of features; of samples a against b
+    "fid": ("FID", "FD-{}", "pool", lambda a, b, k: b.moments(k).distance(a.moments(k))),
+    "sfid": ("sFID", "sFD-{}", "spatial", lambda a, b, k: b.moments(k).distance(a.moments(k))),
+    "is": ("Inception Score", "IS-{}", "logits", lambda a, b, k: inception_score(a.features(k))),
+    "recognised": ("recognised", "recognised", "class", recognised),
+    "precision": ("precision", "precision", "pool",
+                  lambda a, b, k: covered(a.features(k), b.features(k))),
+    "recall": ("recall", "recall", "pool", lambda a, b, k: covered(b.features(k), a.features(k))),
 }
 
 
-def titles(network, asked):
-    """{title: metric} of those that are asked for, or else of all that suit a network."""
-    found = {}
-    for name, (title, kind, _) in METRICS.items():
-        if network != "inception":                                # nothing else is called FID
-            short = {"fid": "FD", "sfid": "sFD", "is": "IS"}
-            title = f"{short[name]}-{network}" if name in short else title
-        if name in asked if asked else kind in NETWORKS[network].widths:
-            found[title] = name
-    return found
+def compare(samples, reference, asked, row):
+    """Add to a row the metrics that are asked for, or else all that their network offers; of those
+    with one title, the first network's count."""
+    for name, (title, other, kind, metric) in METRICS.items():
+        if name not in asked if asked else kind not in NETWORKS[samples.network].widths:
+            continue
+        if samples.network != "inception":                        # nothing else is called FID
+            title = other.format(samples.network)
+        try:
+            if title not in row["metrics"]:
+                row["metrics"][title] = metric(samples, reference, kind)
+            row["left_out"].pop(title, None)
+        except Missing as why:
+            row["left_out"][title] = str(why)
 
 
 def arguments():
@@ -583,7 +593,8 @@ def arguments():
         help="an .npz of images or statistics, a folder of images, or shapes; each is a row")
     add("reference", metavar="REFERENCE", type=train.place, help="the same")
     add("--features", nargs="+", choices=NETWORKS, help="default: below 64×64 classifier where "
-        "the reference has classes, random where it has none; else inception")
+        "the reference has classes, random where it has none; else inception. Of several, the "
+        "first gives precision and recall")
     add("--metrics", nargs="+", choices=METRICS, help="default: all that the two sides allow")
     add("--num", "--num-samples", type=train.number(int, 2), help="only the first images")
     add("--crop", type=train.number(int, 4), metavar="N", help="crop images in folders to N×N")
@@ -609,45 +620,49 @@ def save_statistics(side, path):
 
 def report(rows):
     """Print a table; files of one name, in several folders, are seeds of one setting."""
+    titles = list(dict.fromkeys(title for row in rows for title in row["metrics"]))
     left_out = "; ".join(dict.fromkeys(f"{title} ({why})" for row in rows
                                        for title, why in row["left_out"].items()))
-    shown = list(dict.fromkeys(title for row in rows for title in row["metrics"]))
-    if not shown:
+    if not titles:
         raise ValueError(f"nothing to compare: {left_out}")
     settings = {}
     for row in rows:
-        settings.setdefault(os.path.basename(row["samples"]).removesuffix(".npz"), []).append(row)
-    print(f"| against {rows[0]['reference']} | sets |", *(f"{title} |" for title in shown))
-    print("|---|---|" + "---|" * len(shown))
+        settings.setdefault(Path(row["samples"]).name.removesuffix(".npz"), []).append(row)
+    print(f"| against {rows[0]['reference']} | sets |", *(f"{title} |" for title in titles))
+    print("|---|---|" + "---|" * len(titles))
     for setting, seeds in sorted(settings.items(), key=lambda item: "no-guidance" not in item[0]):
         cells = [setting, str(len(seeds))]
-        for title in shown:
+        for title in titles:
             values = [row["metrics"][title] for row in seeds if title in row["metrics"]]
             cells.append(f"{np.mean(values):.3f}" if values else "–")
             cells[-1] += f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
         print(f"| {' | '.join(cells)} |")
     if left_out:
         print(f"left out: {left_out}")
-    nums = [num for row in rows for num in (row["num_samples"], row["num_reference"]) if num]
+    nums = [row[key] for row in rows for key in ("num_samples", "num_reference") if row[key]]
     dimensions = max(NETWORKS[network].widths["pool"] for network in rows[0]["features"])
-    if min(nums, default=math.inf) < dimensions:
+    if min(nums, default=dimensions) < dimensions:
         print(f"warning: {min(nums)} images are fewer than the {dimensions:,} dimensions of the "
               "features; a Fréchet distance is then mostly bias", file=sys.stderr)
 
 
 def main():
     args = arguments()
-    names = [*args.samples, args.reference]
-    inputs = {train.leads_to(name) for name in (*names, args.weights)}
+    taken = {train.leads_to(name) for name in (*args.samples, args.reference, args.weights)}
     for path in filter(None, (args.json, args.save_stats)):
-        if os.path.isdir(path) or train.leads_to(path) in inputs:
-            raise ValueError(f"{path} is a folder or an input; write to another file")
+        if os.path.isdir(path) or train.leads_to(path) in taken:
+            raise ValueError(f"{path} is a folder, an input, or named twice; write to another file")
+        taken.add(path)
         train.must_be_writable(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     args.device = train.join_ranks()
-    args.sides = [Side(name, number, args) for number, name in enumerate(names)]
+    sets = [Side(name, 1, args.num, args) for name in args.samples]
+    reference = Side(args.reference, 0, args.num, args)
+    args.sides = [*sets, reference]
     networks = choose_networks(args.sides, args.features)
-    *sets, reference = args.sides
+    if args.save_stats and "classifier" in networks:
+        raise ValueError("--save-stats cannot keep the features of a classifier, which is of this "
+                         "reference alone; give other --features")
     rows = [{"samples": samples.name, "reference": reference.name, "features": networks,
              "num_samples": samples.num, "num_reference": reference.num, "metrics": {},
              "left_out": {}}
@@ -663,13 +678,7 @@ def main():
         if args.save_stats and network == networks[0]:
             save_statistics(reference, args.save_stats)
         for samples, row in zip(sets, rows):
-            for title, name in titles(network, args.metrics).items():
-                _, kind, metric = METRICS[name]
-                try:
-                    if title not in row["metrics"]:
-                        row["metrics"][title] = metric(samples, reference, kind)
-                except Missing as why:
-                    row["left_out"][title] = str(why)
+            compare(samples, reference, args.metrics, row)
             samples.use(network)                                  # features may be many
         train.broadcast(None)                                     # no more is needed of the others
     if train.RANK:

@@ -1303,25 +1303,58 @@ def test_a_classifier_of_the_shapes_sees_what_is_wrong_with_them(sets):
 
 
 def test_a_folder_of_classes_gets_a_classifier_of_its_own_once(sets):
-    """Dark images against bright ones. Samples of other classes are not recognised."""
-    few = "fid.train_classifier.__defaults__ = (0, 30, 32, 16)"
+    """Dark images against bright ones. Labels that are none are not recognised. It is learned anew
+    when an image has changed, and a damaged one is not believed."""
+    few = "fid.train_classifier.__wrapped__.__defaults__ = (0, 30, 32, 16)"
     images = train.Shapes(16).images(range(60))[0].transpose(0, 2, 3, 1)
     for i, image in enumerate(images):
         for name, pixels in (("bright", image // 2 + 128), ("dark", image // 8)):
             (sets / f"light/{name}").mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(sets / f"light/{name}/{i:04}.png")
     np.savez(sets / "dark.npz", arr_0=images[:30] // 8, arr_1=np.arange(30) % 2)
-    np.savez(sets / "third.npz", arr_0=images[:30] // 8, arr_1=np.full(30, 2))
-    command = "fid.py dark.npz third.npz light light --json out.json"
+    ones = np.ones(30, int)
+    none = dict(third=2 * ones, negative=-ones, few=ones[:29], many=np.ones(31, int),
+                floats=ones / 2, words=ones.astype(str), table=np.ones((30, 2), int))
+    for name, labels in none.items():
+        np.savez(sets / f"none-{name}.npz", arr_0=images[:30] // 8, arr_1=labels)
+    files = " ".join(f"none-{name}.npz" for name in none)
+    command = f"fid.py dark.npz light {files} light --json out.json"
     said = ok(sets, command, few)
-    dark, third, light = json.loads((sets / "out.json").read_text())
+    dark, light, *others = json.loads((sets / "out.json").read_text())
     assert "is right on 100.0% of the images held out" in said
     assert dark["metrics"]["recognised"] == 0.5 and light["metrics"]["recognised"] > 0.95
-    assert "recognised" in third["left_out"] and light["metrics"]["FD-classifier"] < 1e-6
+    assert light["metrics"]["FD-classifier"] < 1e-6
+    assert len(others) == 7 and all("recognised" in row["left_out"] for row in others)
+
     file, = (sets / "pretrained").iterdir()
     before = file.stat().st_mtime_ns
     assert ok(sets, command, few).splitlines()[-1] == said.splitlines()[-1]
     assert file.stat().st_mtime_ns == before
+    whole, saved = bytearray(file.read_bytes()), io.BytesIO()
+    torch.save({"classifier": None, "right": None}, saved)
+    whole[len(whole) // 2] ^= 1
+    for damaged in (whole, whole[:1000], saved.getvalue()):
+        file.write_bytes(damaged)
+        assert f"{file.relative_to(sets)} is damaged" in Run(sets, "fid.py light light").error()
+    os.utime(sets / "light/dark/0001.png")
+    ok(sets, command, few, ranks=2)
+    assert len(list((sets / "pretrained").iterdir())) == 2
+
+
+def test_a_metric_of_two_networks_is_left_out_only_where_neither_has_it(sets):
+    options = "--num 100 --features random classifier --metrics recognised sfid"
+    row, said = compared(sets, f"shapes:star,moon shapes {options}")
+    assert row["metrics"]["recognised"] > 0.98 and set(row["left_out"]) == {"sFD-random"}
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 63])
+def test_a_classifier_of_small_images_has_as_many_features_as_it_says(size):
+    for shape in ((size, size), (1, size), (size, 3)):
+        images = torch.randint(0, 256, (5, 3, *shape), dtype=torch.uint8)
+        network = fid.Classifier(size, 2).eval()
+        pool, spatial, logits, taken = network(images)
+        assert pool.shape == (5, network.widths["pool"]) and logits.shape == (5, 2)
+        assert len(spatial) == len(taken) == 5
 
 
 def test_the_same_seed_gives_the_same_classifier():
@@ -1410,6 +1443,9 @@ ERRORS = {  # a command, how it goes on, and what the line must name
         ("grey.npz", "(4, 8, 9)"), ("none.npz", "(0, 8, 9, 3)"),
         ("nan.npz", "not finite"), ("half.npz", "sigma"), ("unfit.npz", "do not fit"),
         ("crooked.npz", "not symmetric"), ("negative.npz", "negative"),
+        ("learned.npz", "classifier features"), ("shapes --save-stats new.npz", "--save-stats"),
+        ("shapes:star --features classifier", "no two classes"),
+        ("bare.npz --json out --save-stats ./out", "named twice"),
         ("broken", "broken/a/"), ("nowhere", "nowhere")],
 }
 
@@ -1469,6 +1505,7 @@ def mistakes(place):
             none=dict(arr_0=images[:0]), bare=dict(x=images), half=dict(mu=mu),
             pickled=dict(arr_0=np.array([{1: 2}], object)), nan=dict(mu=mu * np.nan, sigma=eye),
             unfit=dict(mu=mu, sigma=np.eye(4)), crooked=dict(mu=mu, sigma=np.tri(512)),
+            learned=dict(mu=mu, sigma=eye, network="classifier"),
             negative=dict(mu=mu, sigma=-eye)).items():
         np.savez(folder / f"{name}.npz", **arrays)
     return folder

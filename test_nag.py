@@ -1043,6 +1043,7 @@ def test_vp_and_a_folder_train_with_worker_processes_also_from_inside_the_folder
     own = shutil.copytree(place / "photos", place / "own")
     for epochs in (1, 2):
         ok(own, f"train.py --data . --model DiT-Ti/2 --image-size 8 --batch 12 --epochs {epochs} "
+           "--cooldown 0 "
            "--workers 2 --out runs/own", NO_GRID)
     assert len(losses(own / "runs/own")) == 24 * 2 // 12
     ok(own, "sample.py --num 2 --steps 3 --w-nag 2 --cfg-scale 1.5 --cfg-channels 1 --classes c "

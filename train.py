@@ -434,7 +434,7 @@ class Trainer:
 
         The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange
         them during the last. A gradient that is not finite leaves weights, moments and average as
-        they were, and the loss is NaN. Nothing here waits for the device. Where `interrupted()`
+        they were, and the loss is NaN. Only Muon waits for the device. Where `interrupted()`
         before a pass, the step is given up, and the result is None.
         """
         passes, loss = self.passes(batch), torch.zeros((), device=self.device)
@@ -1058,6 +1058,8 @@ def explanation(error):
     if "DataLoader worker" in text:
         return ("a process that prepares batches was killed, as happens when memory is short; the "
                 "same command goes on, or with fewer --workers")
+    if "without overflow" in text:
+        return f"a number is too large ({text}); lower --lr"
     if "ompiler" in text:
         return "torch.compile finds no working compiler; give --no-compile"
     if WORLD > 1 and "by peer" in text:

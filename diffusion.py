@@ -43,7 +43,7 @@ class Path:
 
     At one (x, t), what the network predicts, E[x_0|x, t], E[ε|x, t] and the score are affine in
     each other; x0_eps turns the prediction into the first two. level is the inverse of σ, and
-    training_level turns u in [0, 1) into a level to train at, next to it.
+    training_level rounds u in [0, 1), a numpy array, to levels that the network is trained at.
     """
 
     def velocity(self, prediction, x, t):
@@ -156,7 +156,7 @@ class VP(Path):
         return (self._position(t)[0] - 1).float()
 
     def training_level(self, u):
-        return (1 + self.steps * u // 1) / self.steps
+        return (1 + (self.steps * u).astype(int)) / self.steps
 
     def target(self, x0, eps):
         return eps

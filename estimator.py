@@ -302,7 +302,7 @@ def measure(args):
     sample.settle(args, ckpt, s, device)
     guides = sample.open_guides(args, s, device, decode=args.keep_images)
     out = Path(args.out) if args.out else train.run_folder(ckpt) / "shift"
-    train.must_be_writable(out)
+    train.prepare(out)
     out.mkdir(parents=True, exist_ok=True)
 
     sampler = sample.Sampler(model.to(device), s, args, range(s["num_classes"]), device, **guides)

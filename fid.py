@@ -236,7 +236,7 @@ def train_classifier(images, labels, num_classes, seed=0, steps=1000, batch=128,
 
 def open_classifier(reference):
     """The Classifier of the reference's classes, kept in pretrained/ once it is trained."""
-    lessons = Side(reference.name, 2, None, reference.args)
+    lessons = Side(reference.name, seed=2, most=None, args=reference.args)
     lessons.size, count = reference.size, len(lessons.classes)
     file = Path(__file__).with_name("assets") / "shapes-classifier.pt"
     if (lessons.name, lessons.size) != ("shapes", (16, 16)) or not file.exists():
@@ -246,7 +246,7 @@ def open_classifier(reference):
         file = Path("pretrained", f"classifier-{digest}.pt")
     with train.rank_0_first():
         if not file.exists():
-            train.must_be_writable(file)
+            train.prepare(file)
             file.parent.mkdir(exist_ok=True)
             batches = range(math.ceil(lessons.num / lessons.args.batch))
             images = train.load(lessons, batches, train.WORKERS, torch.device("cpu"))
@@ -653,11 +653,11 @@ def main():
         if os.path.isdir(path) or train.leads_to(path) in taken:
             raise ValueError(f"{path} is a folder, an input, or named twice; write to another file")
         taken.add(path)
-        train.must_be_writable(path)
+        train.prepare(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     args.device = train.join_ranks()
-    sets = [Side(name, 1, args.num, args) for name in args.samples]
-    reference = Side(args.reference, 0, args.num, args)
+    sets = [Side(name, seed=1, most=args.num, args=args) for name in args.samples]
+    reference = Side(args.reference, seed=0, most=args.num, args=args)
     args.sides = [*sets, reference]
     networks = choose_networks(args.sides, args.features)
     if args.save_stats and "classifier" in networks:

@@ -98,22 +98,21 @@ def settle(args, ckpt, s, device):
     drawn, pixels = train.is_drawn(s["data"]), s["image_size"] == s["input_size"]
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
     args.steps = args.steps or (50 if args.sampler == "ode" else 100 if drawn else 250)
-    nag, reads = np.any(args.w_nag) or args.w_nag_classifier, args.nag_against == "estimator"
-    idle_interval = args.nag_interval and not nag
-    args.nag_interval = args.nag_interval or ((0.1, 1.0) if drawn else (0.0, 1.0))
     args.precision = args.precision or train.broadcast(train.fast_precision(device))
     args.compile = device.type == "cuda" if args.compile is None else args.compile
 
+    reads = args.w_nag_classifier != 0 or args.nag_against == "estimator"
     tune = f"--init {ckpt}{f' --model {args.model}' if args.model else ''} --noise-drop 0.1"
     mistakes = {
         f"--sampler ddpm needs a model on vp and 2 to 1000 --steps, not {s['interpolant']} and "
         f"{args.steps}; use sde or ode":
             args.sampler == "ddpm" and not (s["interpolant"] == "vp" and 2 <= args.steps <= 1000),
-        "--nag-interval has no effect without NAG; give a weight, --w-nag W": idle_interval,
+        "--nag-interval has no effect without NAG; give a weight, --w-nag W":
+            args.nag_interval and not (np.any(args.w_nag) or args.w_nag_classifier),
         "--cfg-channels has no effect without CFG; give a scale, --cfg-scale S":
             args.cfg_channels and args.cfg_scale == 1,
         "--nag-interval and --cfg-interval take the lower level first":
-            any(lo > hi for lo, hi in (args.nag_interval, args.cfg_interval)),
+            any(lo > hi for lo, hi in filter(None, (args.nag_interval, args.cfg_interval))),
         f"--w-nag needs a model trained with noise dropout, {ckpt} was not; tune it: "
         f"python train.py {tune} --data {s['data'] if drawn else 'DIR'} --out DIR":
             np.any(args.w_nag) and args.nag_against == "null" and not s["noise_drop"],
@@ -125,7 +124,7 @@ def settle(args, ckpt, s, device):
         "--guide and --guide-scale go together; give both, or neither":
             bool(args.guide) != (args.guide_scale != 1),
         "--estimator goes with --w-nag-classifier, or --nag-against estimator; give both, or none":
-            bool(args.estimator) != (args.w_nag_classifier != 0 or reads),
+            bool(args.estimator) != reads,
         "--nag-against has no effect without NAG; give a weight, --w-nag W":
             args.nag_against != "null" and not np.any(args.w_nag),
         "the model draws pixels, and needs no VAE; leave --vae out":
@@ -133,6 +132,7 @@ def settle(args, ckpt, s, device):
     for message, made in mistakes.items():
         if made:
             raise ValueError(message)
+    args.nag_interval = args.nag_interval or ((0.1, 1.0) if drawn else (0.0, 1.0))
 
 
 def check_fit(name, own, s, also, advice):
@@ -257,7 +257,8 @@ class Sampler:
         """The labels of the samples with these numbers, (n,) int64."""
         if self.args.balanced:
             return torch.tensor([self.labels[i % len(self.labels)] for i in indices])
-        return train.sample_classes(self.args.seed, indices, self.labels)
+        draws = [train.generator(self.args.seed, "class", int(i)).random() for i in indices]
+        return torch.tensor([self.labels[int(u * len(self.labels))] for u in draws])
 
     def __call__(self, indices, bar=None, guidance=True, watch=None):
         """Samples with these numbers; watch(x, t) sees each state of which the network is asked."""
@@ -411,7 +412,7 @@ def main():
     folder = args.out.endswith(os.sep) or args.out and out.is_dir()
     if not folder and out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out {args.out!r} must end in .png, in .npz, or in / for a folder")
-    train.must_be_writable(out)
+    train.prepare(out)
     if out.suffix == ".npz" and out.exists():
         return print(f"{out} is finished; remove it to draw it again")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@
 In this order: the method, reproducibility, formats, what a user does wrong, the README, long ones.
 """
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -32,6 +33,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 from scipy.optimize import brentq
@@ -235,6 +237,19 @@ def test_exact_scores_lead_to_the_data_with_the_order_of_the_sampler(name, path,
 def gradient(f, x):
     x = x.clone().requires_grad_()
     return torch.autograd.grad(f(x).sum(), x)[0]
+
+
+def test_finite_steps_alone_shift_the_level_by_half_a_step():
+    """For data without variance v = x / t, and a step makes the variance t² into t² − 2 t Δ + 4 Δ²,
+    which is (t − Δ)² + 3 Δ². So what is beyond t² obeys e' = 4 e / t − 3 Δ: e = Δ (t − t⁴), and the
+    shift is Δ (1 − t³) / 2.
+    """
+    seen, step = {}, 0.96 / 49
+    denoise = lambda x, t: seen.update({t.item(): x.std().item()}) or x / t
+    torch.manual_seed(0)
+    diffusion.sample_sde(denoise, torch.randn(8000, 1, 8, 8), PATHS[0], steps=50)
+    for t in [t for t in seen if 0.1 < t < 0.8]:
+        assert seen[t] - t == pytest.approx(step * (1 - t**3) / 2, abs=6e-4 + 3 * step**2), t
 
 
 @by_name
@@ -765,6 +780,34 @@ def test_inception_logits_have_no_bias_and_its_spatial_features_are_seven_channe
     close(logits, pool @ net.fc.weight.T)
     net.Mixed_6d.branch1x1.conv.weight[7:] = 0
     close(net(images)[1], spatial)
+
+
+def test_frechet_distance_of_gaussians_is_its_closed_form():
+    """Of covariances that commute, also of rank 20; and of 2×2 blocks in one random basis, where
+    tr √M = √(tr M + 2 √det M) for a block M of Σ_a Σ_b."""
+    rng = np.random.default_rng(0)
+    mu1, mu2 = rng.standard_normal((2, 60))
+    apart, (basis, _) = ((mu1 - mu2)**2).sum(), np.linalg.qr(rng.standard_normal((60, 60)))
+    for l1, l2 in (rng.random((2, 60)), rng.random((2, 60)) * (np.arange(60) < 20)):
+        got = fid.frechet_distance(mu1, basis * l1 @ basis.T, mu2, basis * l2 @ basis.T)
+        assert got == pytest.approx(apart + ((l1**0.5 - l2**0.5)**2).sum(), rel=1e-6)
+    roots = rng.random((2, 30, 2, 2))
+    blocks = roots @ roots.swapaxes(2, 3)
+    a, b = (basis @ scipy.linalg.block_diag(*side) @ basis.T for side in blocks)
+    M = blocks[0] @ blocks[1]
+    trace = np.sqrt(np.trace(M, axis1=1, axis2=2) + 2 * np.sqrt(np.linalg.det(M))).sum()
+    want = apart + np.trace(a + b) - 2 * trace
+    assert fid.frechet_distance(mu1, a, mu2, b) == pytest.approx(want, rel=1e-6)
+
+
+@slow
+def test_frechet_distance_is_five_times_as_fast_as_the_root_of_a_product():
+    a, b = (np.cov(x.T) for x in np.random.default_rng(0).standard_normal((2, 3000, 2048)))
+    zero, start = np.zeros(2048), time.perf_counter()
+    theirs = np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b)).real
+    between = time.perf_counter()
+    assert fid.frechet_distance(zero, a, zero, b) == pytest.approx(theirs, rel=1e-6)
+    assert between - start > 5 * (time.perf_counter() - between)
 
 
 @pytest.mark.parametrize("n, dims", [(40, 300), (1000, 64)])
@@ -1613,6 +1656,11 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_used(place):
     assert "going on from runs/flipped/checkpoints/0000010.pt" in said
     assert_same_run(out, place / "runs/one", 20)
     assert newest.with_suffix(".pt.damaged").read_bytes() == data
+    half = state(out, 20)
+    del half["muon"]
+    with train.replacing(out / "checkpoints/0000020.pt") as file:
+        torch.save(half, file)
+    assert "has no muon" in Run(place, f"{SMALL} --steps 21 --out runs/flipped").error()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -1741,6 +1789,30 @@ def test_every_command_and_option_in_the_readme_exists(monkeypatch, capsys):
     assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - known
 
 
+@slow
+def test_the_readmes_quick_commands_run_as_written(place):
+    """In a folder with what the commands before them would have left; `python` is this one."""
+    for path in HERE.glob("*.py"):
+        (place / path.name).symlink_to(path)
+    (place / "bin").mkdir()
+    (place / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (place / "bin/python").chmod(0o755)
+    ok(place, "train.py --steps 20 --batch 8 --out runs/shapes-SiT-Ti-2")
+    ok(place, "estimator.py train --steps 20 --out runs/guide.pt")
+    for name in ("samples", "a", "b", "c"):
+        images = np.random.default_rng(len(name)).integers(0, 256, (600, 16, 16, 3), np.uint8)
+        np.savez(place / f"{name}.npz", arr_0=images)
+    for file in (place / "photos").rglob("*.*"):
+        Image.fromarray(train.centre_crop(train.read_image(file), 16)).save(file)
+    lines = [part.strip() for line in commands() for part in line.split("&&")]
+    quick = [line for line in lines if line.startswith((
+        "python sample.py", "python fid.py samples.npz photos", "python fid.py a.npz"))]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{place}/bin:{os.environ['PATH']}"}
+    for line in quick:
+        subprocess.run(line, shell=True, cwd=place, env=variables, check=True)
+    assert len(quick) >= 4
+
+
 def test_the_code_in_the_readme_is_that_of_the_method_and_its_pictures_are_there():
     lines = {line.strip() for line in (HERE / "diffusion.py").read_text().splitlines()}
     shown = "".join(re.findall(r"```python\n(.*?)```", README, re.S)).splitlines()
@@ -1804,6 +1876,69 @@ def test_killed_in_every_writing_the_same_command_ends_in_the_same_files(place, 
     shutil.rmtree(out)
     assert status == start() == 0 and kills > 1
     assert_same(killed, written())
+
+
+KILLS = {   # what is killed at any moment: how often, its command, the files it finishes one by one
+    "train": (30, f"{SMALL} --model SiT-Ti/4 --ckpt-every 7 --keep 2 --out OUT",
+              "checkpoints/*.pt"),
+    "sample": (10, "sample.py --ckpt runs/one --num 32 --batch 1 --steps 5 --w-nag 1 "
+               "--precision fp32 --out OUT/images.npz", "images.npz.partial/0*.npy"),
+    "encode": (10, f"{LATENT} --data photos --latents OUT --steps 1 --out OUT/run", "*.npy"),
+    "estimator": (10, "estimator.py train --image-size 4 --batch 2 --interpolant vp --steps 3200 "
+                  "--out OUT/estimator.pt", "estimator.pt"),
+}
+
+
+@slow
+@pytest.mark.parametrize("kind", KILLS)
+def test_killed_again_and_again_the_same_command_ends_in_the_same_files(place, kind):
+    """Every other kill is aimed into the writing of a file.
+
+    While there are kills each writing takes 0.3 s, so that a start finishes no more than two files.
+    """
+    kills, command, pattern = KILLS[kind]
+    killed, whole = (place / f"{kind}-{end}" for end in ("killed", "whole"))
+    rng, hits, steps = np.random.default_rng(0), 0, " --steps 1000000" * (kind == "train")
+    changes, before = (NO_GRID, "train.Latents.per_part = 1"), set()
+
+    def finished():
+        try:
+            return {(file.name, file.stat().st_ino) for file in killed.glob(pattern)}
+        except FileNotFoundError:                   # removed in between, as --keep says
+            return before
+
+    def unfinished():
+        return any(killed.rglob(".*.tmp"))
+
+    for k in range(kills):
+        before = finished()
+        run = Run(place, command.replace("OUT", killed.name) + steps, *changes,
+                  "os.fsync = lambda file: time.sleep(0.3)")
+        assert run.until(lambda: finished() - before), run.end().err
+        if k % 2:
+            run.until(unfinished)
+        else:
+            time.sleep(0.3 * rng.random())
+        assert run.end(signal.SIGKILL).status == -signal.SIGKILL
+        hits += k % 2 and unfinished()
+    assert hits > 0
+
+    if kind == "train":
+        end = max(int(Path(file).stem) for file, _ in finished()) + 9
+        steps = f" --steps {end}"
+    for out in (killed, whole):
+        ok(place, command.replace("OUT", out.name) + steps, *changes)
+    assert not unfinished() and not list(killed.glob("*.partial"))
+    if kind == "train":
+        assert_same_run(killed, whole, end)
+        assert len(train.checkpoints(killed)) == 2                              # --keep
+    elif kind == "estimator":
+        a, b = (models.load_file(out / "estimator.pt") for out in (killed, whole))
+        assert_same([a["estimator"], a["opt"]["state"]], [b["estimator"], b["opt"]["state"]])
+    else:
+        files, others = ({file.name: file.read_bytes() for file in out.glob("*.np[yz]")}
+                         for out in (killed, whole))
+        assert files == others and files
 
 
 def test_what_killed_writers_left_is_cleared_by_the_next_start_and_what_is_written_stays(tmp_path):
@@ -1929,6 +2064,39 @@ def test_images_of_256_are_read_in_a_stream(tmp_path, count):
     ok(tmp_path, "fid.py many.npz many.npz --features random --metrics fid",
        "fid.RandomFeatures.forward = lambda self, images: (images[:, 0, 0].float(),)",
        "limit(200)", seconds=3000)
+
+
+@slow
+def test_latents_are_read_about_as_fast_as_numpy_reads_them_and_memory_stays(tmp_path):
+    """From a sparse folder of 610,000, 20 GB: 2 GB for a run, beside 0.5 GB for its model."""
+    N, parts = 610_000, [f"{k:05}.npy" for k in range(596)]
+    write_latents(tmp_path / "big", np.zeros((1, 2, 8, 32, 32), np.float16), images=N,
+                  counts=[1, N - 1], parts=parts)
+    for k, name in enumerate(parts):
+        shape = min(1024, N - 1024 * k), 2, 8, 32, 32
+        np.lib.format.open_memmap(tmp_path / "big" / name, "w+", np.float16, shape)
+    run = Run(tmp_path, "train.py --latents big --model SiT-S/8 --steps 30 --batch 128 --out run",
+              NO_GRID, NO_VAE)
+    held, status = [], Path(f"/proc/{run.processes[0].pid}/status")
+
+    def watch():                                    # mapped files do not count
+        found = re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status.read_text())
+        held.append(sum(map(int, found)) / 1024)
+
+    with contextlib.suppress(OSError):              # until it has ended
+        run.until(watch)
+    assert run.end().status == 0 and 500 < max(held) < 2500, run.err
+
+    data, seconds = train.Latents(tmp_path / "big"), []
+    arrays = [np.load(tmp_path / "big" / name, mmap_mode="r") for name in parts[:20]]
+    noise, flip = np.ones((256, 4, 32, 32), np.float32), np.zeros(256, bool)
+    for read in (lambda rows: np.stack([arrays[i // 1024][i % 1024, 0] for i in rows]),
+                 lambda rows: data.images(rows, flip, noise)) * 2:
+        begun = time.perf_counter()
+        for rows in np.random.default_rng(0).integers(0, 20 * 1024, (100, 256)):
+            read(rows)
+        seconds.append(time.perf_counter() - begun)
+    assert seconds[3] < 10 * seconds[2], seconds    # it also makes floats, and adds the noise
 
 
 def test_training_the_tiny_model_takes_less_than_1500_megabytes(tmp_path):

@@ -421,8 +421,11 @@ class Trainer:
     def resume(self, checkpoint):
         models.load_weights(self.model, checkpoint["model"], self.args.out)
         models.load_weights(self.ema, checkpoint["ema"], self.args.out)
-        for name, optimizer in self.optimizers.items():          # the file is mapped: copy
-            optimizer.load_state_dict(copy.deepcopy(checkpoint[name]))
+        for name, optimizer in self.optimizers.items():
+            if name not in checkpoint:
+                raise ValueError(f"the checkpoint of {self.args.out} has no {name}, the state of "
+                                 "an optimiser; give another --out")
+            optimizer.load_state_dict(copy.deepcopy(checkpoint[name]))         # the file is mapped
 
     def passes(self, batch):
         """This rank's part of a batch on the device, cut into micro-batches."""
@@ -451,7 +454,7 @@ class Trainer:
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         finite = norm.isfinite()
-        if len(self.optimizers) > 1:                # each looks at its own gradients only
+        if len(self.optimizers) > 1:                # the scaler looks at those of one at a time
             for parameter in self.model.parameters():
                 parameter.grad *= torch.where(finite, 1, torch.nan)
         for optimizer in self.optimizers.values():
@@ -523,12 +526,6 @@ def fitting_micro_batch(trainer):
 
 # --------------------------------------------------------------------------------------------------
 # Samples: their random numbers, and a picture of them
-
-
-def sample_classes(seed, indices, among):
-    """One class of the list for each of the samples with these numbers, (n,) int64."""
-    draws = (generator(seed, "class", int(i)).random() for i in indices)
-    return torch.tensor([among[int(u * len(among))] for u in draws])
 
 
 def sample_noise(seed, indices):
@@ -653,7 +650,7 @@ def settings(parser, device):
     """
     given = parser.parse_args()
     out = given.out or default_out(given)
-    must_be_writable(out)
+    prepare(out)
     if Path(out).exists() and not given.benchmark:
         lock(out, "checkpoints", "samples")
     checkpoint = None if given.benchmark else newest_whole(out)
@@ -1157,8 +1154,9 @@ def lock(folder, *inside):
         clear(place)
 
 
-def must_be_writable(path):
-    """Raises OSError before the work, not after it, where a file or folder cannot be made."""
+def prepare(path):
+    """Before the work: raises OSError where a file or folder cannot be made, and clears its place
+    of what killed writers left."""
     above = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
     if not os.access(above, os.W_OK) or above.is_file() and above != Path(path):
         raise OSError(None, "nothing can be written there", str(path))

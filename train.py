@@ -326,7 +326,7 @@ def split(data, seed, share, most):
         return data, Part(data, np.arange(data.held_out, data.held_out + most))
     order = generator(seed, "held out").permutation(len(data))
     count = min(most, int(share * len(data)))
-    return Part(data, np.sort(order[count:])), Part(data, order[:count])
+    return Part(data, order[count:]), Part(data, order[:count])
 
 
 class Batches(torch.utils.data.Dataset):
@@ -638,8 +638,7 @@ def arguments():
 def default_out(args):
     data = Path(args.data or args.latents or "shapes").name
     if args.init:
-        init = newest_checkpoint(args.init)
-        return f"runs/{data}-{run_folder(init).name or Path(init).stem}-tuned"
+        return f"runs/{data}-{run_folder(newest_checkpoint(args.init)).name}-tuned"
     return f"runs/{data}-{(args.model or 'SiT-Ti/2').replace('/', '-')}"
 
 
@@ -1183,13 +1182,11 @@ def newest_checkpoint(name):
 
 
 def run_folder(ckpt):
-    """Where what is made of a checkpoint goes."""
+    """Where what is made of a checkpoint goes: its run, or of a file elsewhere, runs/<its name>."""
     if ckpt in models.PUBLISHED:
         return Path("runs", ckpt.replace("/", "-"))
     parent = Path(ckpt).parent
-    if parent.name == "assets":                     # what comes with the repository stays as it is
-        return Path("runs", Path(ckpt).stem)
-    return parent.parent if parent.name == "checkpoints" else parent
+    return parent.parent if parent.name == "checkpoints" else Path("runs", Path(ckpt).stem)
 
 
 def join_ranks():

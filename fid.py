@@ -464,14 +464,17 @@ class Side:
         first, end = (len(batches) * rank // train.WORLD for rank in (train.RANK, train.RANK + 1))
         mine = batches[first:end]
         images = self.read(mine) if self.archive else train.load(self, mine, train.WORKERS, device)
-        shares = [[[features.cpu() for features in network(batch.to(device))]
-                   for batch in train.progress(iterable=images, total=len(mine), desc=self.name)]]
+        share = {kind: [] for kind in network.widths}
+        for batch in train.progress(iterable=images, total=len(mine), desc=self.name):
+            for kind, part in zip(share, network(batch.to(device))):
+                share[kind].append(part.cpu())
+        shares = [share]
         if train.WORLD > 1:
-            share, shares = shares[0], [None] * train.WORLD
+            shares = [None] * train.WORLD
             dist.gather_object(share, None if train.RANK else shares)
-        if train.RANK == 0:
-            parts = zip(*(batch for share in shares for batch in share))
-            return {kind: torch.cat(of_batches) for kind, of_batches in zip(network.widths, parts)}
+        if train.RANK == 0:                                       # pop: never all of them twice
+            return {kind: torch.cat([part for share in shares for part in share.pop(kind)])
+                    for kind in network.widths}
 
     def read(self, numbers):
         """Yield the batches of these numbers from an .npz, uint8 (n, 3, H, W)."""

@@ -437,7 +437,7 @@ class Trainer:
 
         The batch goes through in passes of a micro-batch, whose gradients add up; ranks exchange
         them during the last. A gradient that is not finite leaves weights, moments and average as
-        they were, and the loss is NaN. Only Muon waits for the device. Where `interrupted()`
+        they were, and the loss is NaN. With AdamW nothing waits for the GPU. Where `interrupted()`
         before a pass, the step is given up, and the result is None.
         """
         passes, loss = self.passes(batch), torch.zeros((), device=self.device)
@@ -454,7 +454,7 @@ class Trainer:
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         finite = norm.isfinite()
-        if len(self.optimizers) > 1:                # the scaler looks at those of one at a time
+        if len(self.optimizers) > 1:                # or one would step where the other does not
             for parameter in self.model.parameters():
                 parameter.grad *= torch.where(finite, 1, torch.nan)
         for optimizer in self.optimizers.values():

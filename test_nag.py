@@ -1427,7 +1427,7 @@ ERRORS = {  # a command, how it goes on, and what the line must name
         ("--steps 1 --image-size 8 --batch 2 --lr 1e300", "lower --lr"),
         ("--steps 0", "'0'"), ("--lr nan", "nan"), ("--epochs 2", "no epochs"),
         ("--data nowhere", "nowhere"), ("--data empty", "empty"), ("--data mixed", "loose.png"),
-        ("--data shapes:dog", "'dog'"), ("--data broken --batch 2 --workers 1", "broken/a/bad.png"),
+        ("--data shapes:dog", "'dog'"), ("--data broken --batch 2 --workers 1", "broken/a/"),
         ("--image-size 7", "7"), ("--image-size 100000", "not enough memory"),
         ("--vae vae.bin", "in pixels"),
         ("--init runs/one --interpolant vp", "--interpolant"),

@@ -1283,48 +1283,41 @@ def fast_precision(device):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():         # it would take seconds
         return "fp32"
     factors = {"fp32": torch.randn(256, 256), "bf16": torch.randn(256, 256).bfloat16()}
-    best = dict.fromkeys(factors, math.inf)
+    times = {name: [] for name in factors}
     for _ in range(100):
         for name, a in factors.items():
-            start = time.perf_counter()
-            a @ a
-            best[name] = min(best[name], time.perf_counter() - start)
-    return min(best, key=best.get)
+            times[name].append(seconds(lambda: a @ a, device))
+    return min(times, key=lambda name: min(times[name]))
 
 
-def synchronize(device):
+def seconds(call, device):
+    """How long a call takes, with what it leaves to a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def matmul_rate(device, precision, seconds=0.1):
-    """Matrix-product rate of this device, FLOP/s, measured now: the yardstick of MFU."""
-    n, count = 8192 if device.type == "cuda" else 1024, 0
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
-    a @ a
-    synchronize(device)
     start = time.perf_counter()
-    while (took := time.perf_counter() - start) < seconds:
-        a @ a
-        synchronize(device)
-        count += 1
-    return 2 * n**3 * count / took
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def benchmark(calls, args, device, images, seconds=20):
+def matmul_rate(device, precision):
+    """Matrix-product rate of this device, FLOP/s, measured now: the yardstick of MFU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
+    return 2 * n**3 / np.median([seconds(lambda: a @ a, device) for _ in range(15)])
+
+
+def benchmark(calls, args, device, images, lasting=20):
     """Time calls, {name: (call, FLOP per image)}, each of so many images on all ranks together.
 
-    They take turns, and the figures are medians, ready for JSON.
+    They take turns, for so many seconds, and the figures are medians, ready for JSON.
     """
     times, rates, start = {name: [] for name in calls}, [], time.perf_counter()
-    while len(rates) < 5 or broadcast(time.perf_counter() - start < seconds):
-        rates.append(matmul_rate(device, args.precision, 0.2))
+    while len(rates) < 5 or broadcast(time.perf_counter() - start < lasting):
+        rates.append(matmul_rate(device, args.precision))
         for name, (call, _) in calls.items():
-            synchronize(device)
-            begun = time.perf_counter()
-            call()
-            synchronize(device)
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(seconds(call, device))
     rate, rows = WORLD * np.median(rates), {}
     for name, (_, flops) in calls.items():
         speed = images / np.median(times[name][2:])              # the first two compile

@@ -43,7 +43,10 @@ class Path:
 
     At one (x, t), what the network predicts, E[x_0|x, t], E[ε|x, t] and the score are affine in
     each other; x0_eps turns the prediction into the first two. level is the inverse of σ, and
-    training_level rounds u in [0, 1), a numpy array, to levels that the network is trained at.
+    training_level rounds u in [0, 1], a numpy array, to levels that the network is trained at.
+
+    To train a path as if it were the linear one, level_of_share draws its levels, and loss_weight
+    weighs its losses: share is σ/(α + σ), the t at which the linear path has the same SNR.
     """
 
     def velocity(self, prediction, x, t):
@@ -88,6 +91,12 @@ class Linear(Path):
 
     def training_level(self, u):
         return u
+
+    def level_of_share(self, share):
+        return share
+
+    def loss_weight(self, t):
+        return torch.ones_like(t)
 
     def target(self, x0, eps):
         return eps - x0
@@ -156,7 +165,15 @@ class VP(Path):
         return (self._position(t)[0] - 1).float()
 
     def training_level(self, u):
-        return (1 + (self.steps * u).astype(int)) / self.steps
+        return (1 + (self.steps * u).astype(int).clip(max=self.steps - 1)) / self.steps
+
+    def level_of_share(self, share):
+        share = _double(share)
+        return self.level(share / torch.hypot(share, 1 - share)).numpy()
+
+    def loss_weight(self, t):
+        """(1 + σ/α)²: with it the loss of ε is that of the linear path's v. At most 10."""
+        return (1 + self.sigma(t) / self.alpha(t)).square().clamp(max=10).to(t)
 
     def target(self, x0, eps):
         return eps

@@ -1698,17 +1698,38 @@ def test_the_rate_rises_stays_and_falls(cooldown, rates):
 
 
 @by_name
-def test_training_levels_are_uniform_or_logit_normal(path):
+def test_training_levels_are_uniform_or_logit_normal_in_the_share_of_noise(path):
     """Kolmogorov and Smirnov's test; VP's levels are multiples of 1/1000."""
+    def share(t):
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return norm.cdf(logit((sigma / (alpha + sigma)).numpy()))
+
     name = "linear" if isinstance(path, diffusion.Linear) else "vp"
-    for levels, cdf in (("uniform", "uniform"), ("logit-normal", lambda t: norm.cdf(logit(t)))):
+    for levels, uniform in (("uniform", lambda t: t.numpy()), ("logit-normal", share)):
         args = SimpleNamespace(interpolant=name, batch=2000, seed=0, levels=levels, class_drop=0.1,
                                noise_drop=0.1, in_channels=3, input_size=2, num_classes=8)
         t = train.Batches(train.Shapes(2), args)[0][2].double()
         if name == "vp":
             assert (1000 * t - (1000 * t).round()).abs().max() < 1e-3 and t.min() > 0
             t = t - 0.0005                          # the middle of what became this multiple
-        assert kstest(t.numpy(), cdf).pvalue > 0.01
+        assert kstest(uniform(t), "uniform").pvalue > 0.01
+
+
+def test_weighted_losses_of_vp_are_those_of_the_linear_path():
+    """Up to the largest weight: of one x_0, ε and guess, at levels of equal share."""
+    linear, vp = PATHS
+    t = torch.arange(1, 1001, 37).double() / 1000
+    share = vp.sigma(t) / (vp.alpha(t) + vp.sigma(t))
+    x0, eps, guess = (torch.randn(len(t), 3, 4, 4, dtype=torch.double) for _ in range(3))
+    close(torch.from_numpy(vp.level_of_share(share)), t)
+    of_eps = (vp.target(x0, eps) - guess).square().mean((1, 2, 3))
+    x = diffusion.add_noise(vp, x0, eps, t)
+    of_v = (linear.target(x0, eps) - linear.target(vp.x0_eps(guess, x, t)[0], guess)).square()
+    found, weight = of_v.mean((1, 2, 3)) / of_eps, (1 / (1 - share))**2
+    assert weight.min() < 2 and weight.max() > 20
+    close(vp.loss_weight(t), weight.clamp(max=10))
+    close(found, weight)
+    assert linear.loss_weight(t).tolist() == [1] * len(t)
 
 
 def test_a_run_that_diverges_stops_and_names_its_last_good_checkpoint(tmp_path):

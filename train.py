@@ -357,7 +357,7 @@ class Batches(torch.utils.data.Dataset):
         flip = rng.random(B) < 0.5
         u = rng.random(B)
         if args.levels == "logit-normal":           # more of the middle (Esser et al., 2024)
-            u = 1 / (1 + np.exp(-rng.standard_normal(B)))
+            u = self.path.level_of_share(1 / (1 + np.exp(-rng.standard_normal(B))))
         t = self.path.training_level(u)
         drop_class, drop_noise = rng.random(B) < args.class_drop, rng.random(B) < args.noise_drop
         shape = B, args.in_channels, args.input_size, args.input_size
@@ -448,6 +448,8 @@ class Trainer:
             with contextlib.nullcontext() if WORLD == 1 or last else self.network.no_sync():
                 with self.autocast:
                     losses = diffusion.training_loss(self.network, self.path, *micro_batch)
+                    if self.args.levels == "logit-normal":
+                        losses = losses * self.path.loss_weight(micro_batch[2])
                     loss_part = losses.sum() / self.share
                 self.scaler.scale(loss_part).backward()
             loss += loss_part.detach()

@@ -54,7 +54,7 @@ def sampling_arguments(add):
     add("--guide-scale", type=weight, default=1.0, metavar="S", help="default: 1, neutral")
     add("--guide-unconditional", action="store_true", help="ask it without class: domain guidance")
     add("--sampler", choices=SAMPLERS, help="default: ddpm on VP, sde on linear")
-    add("--steps", type=positive, help="default: 100 on shapes, else 250; of ode 50")
+    add("--steps", type=positive, help="default: 50 on shapes and of ode, else 250")
     add("--balanced", action="store_true", help="take the classes in turn (default: at random)")
     add("--seed", type=train.number(int, 0, 2**63 - 1), default=0, help="default: 0")
     add("--vae", type=path, metavar="FILE", help="default: that of the training, or downloaded")
@@ -97,7 +97,7 @@ def settle(args, ckpt, s, device):
     """Fill in what the options leave open; ValueError for what a model of settings s cannot do."""
     drawn, pixels = train.is_drawn(s["data"]), s["image_size"] == s["input_size"]
     args.sampler = args.sampler or ("ddpm" if s["interpolant"] == "vp" else "sde")
-    args.steps = args.steps or (50 if args.sampler == "ode" else 100 if drawn else 250)
+    args.steps = args.steps or (50 if drawn or args.sampler == "ode" else 250)
     args.precision = args.precision or train.broadcast(train.fast_precision(device))
     args.compile = device.type == "cuda" if args.compile is None else args.compile
 

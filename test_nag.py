@@ -1779,7 +1779,7 @@ README = (HERE / "README.md").read_text()
 
 def commands():
     """The lines of the README's shell blocks, without their comments."""
-    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
     return [code for line in blocks.splitlines() if (code := line.split("#")[0].strip())]
 
 

@@ -583,8 +583,8 @@ def write_grid(trainer, step, vae):
 # The run
 
 
-TI = dict(steps=4000, batch=32, optimizer="muon", lr=4e-3, warmup=100, cooldown=0.2,
-          levels="logit-normal", ckpt_every=1000)
+TI = dict(steps=2500, batch=32, optimizer="muon", lr=4e-3, warmup=100, cooldown=0.2,
+          levels="logit-normal", ckpt_every=500)
 TI_TUNING = dict(steps=400, lr=1e-3, warmup=40)     # beside these, from --init
 LARGE = dict(steps=400_000, batch=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0,
              levels="uniform", ckpt_every=5000)     # as published
@@ -610,7 +610,7 @@ def arguments():
     add("--noise-drop", type=share, metavar="P", help="hide the level so often (default: 0.1)")
     add("--class-drop", type=share, metavar="P", help="hide the class so often (default: 0.1)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, help="default: 4,000 for Ti, with --init 400; "
+    length.add_argument("--steps", type=positive, help="default: 2,500 for Ti, with --init 400; "
                         "else 400,000")
     length.add_argument("--epochs", type=number(float, 1e-6), help="default: 10 with --init DIR")
     add("--batch", type=positive, help="images per step of all ranks (default: Ti 32, else 256)")
@@ -621,14 +621,14 @@ def arguments():
         help="steps in which the rate rises (default: 100 for Ti, with --init 40; else 0)")
     add("--cooldown", type=share, metavar="P",
         help="last part of the run, in which the rate falls to 0 (default: 0.2 for Ti, else 0)")
-    add("--levels", choices=("uniform", "logit-normal"), help="default: logit-normal for Ti, else "
-        "uniform")
+    add("--levels", choices=("uniform", "logit-normal"), help="uniform, or drawn (and on VP "
+        "weighted) as if σ/(α + σ) were logit-normal (default: the latter for Ti)")
     add("--ema", type=share, help="decay of the averaged weights, at most (default: 0.9999)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     add("--out", type=path, metavar="DIR",
         help="default: runs/<data>-<model>, with --init runs/<data>-<its run>-tuned")
     add("--workers", type=whole, help="processes that prepare batches (default: up to 4)")
-    add("--ckpt-every", type=positive, metavar="STEPS", help="default: 1000 for Ti, else 5000")
+    add("--ckpt-every", type=positive, metavar="STEPS", help="default: 500 for Ti, else 5000")
     add("--keep", type=whole, metavar="N", help="checkpoints kept, 0 for all (default: 3)")
     add("--precision", choices=("fp32", "bf16"), help="default: the faster one")
     add("--grad-checkpoint", action="store_true", help="less memory, a quarter slower")

@@ -2,7 +2,7 @@
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz      # what DiT, SiT and NAG quote
     python fid.py samples.npz folder/of/images --save-stats reference.npz
-    python fid.py runs/SiT-?/main/*.npz shapes                     # mean and deviation over seeds
+    python fid.py runs/SiT-?/shift/*.npz shapes                    # mean and deviation over seeds
 
 A network turns images into features. Two sets of images are compared by how these are distributed:
 

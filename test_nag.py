@@ -1669,7 +1669,7 @@ def test_a_step_with_one_gradient_that_is_not_finite_changes_nothing(optimizer):
     """Against the same steps without it; the moments and their count stay, too."""
     args = SimpleNamespace(batch=4, precision="fp32", interpolant="linear", lr=1e-2, warmup=0,
                            steps=9, cooldown=0, ema=0.99, micro_batch=2, compile=False,
-                           grad_checkpoint=False, optimizer=optimizer)
+                           levels="logit-normal", grad_checkpoint=False, optimizer=optimizer)
     rng, ends = torch.Generator().manual_seed(0), []
     batches = [[x0, torch.arange(4), torch.rand(4, generator=rng), eps, torch.arange(4) < 1]
                for x0, eps in torch.randn(3, 2, 4, 3, 8, 8, generator=rng)]

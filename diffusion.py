@@ -45,8 +45,8 @@ class Path:
     each other; x0_eps turns the prediction into the first two. level is the inverse of σ, and
     training_level rounds u in [0, 1], a numpy array, to levels that the network is trained at.
 
-    To train a path as if it were the linear one, level_of_share draws its levels, and loss_weight
-    weighs its losses: share is σ/(α + σ), the t at which the linear path has the same SNR.
+    Any path can be trained like the linear one: at the level with a given share of noise σ/(α + σ),
+    which is the linear path's t at the same SNR, and with its losses times loss_weight.
     """
 
     def velocity(self, prediction, x, t):

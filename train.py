@@ -326,7 +326,7 @@ def split(data, seed, share, most):
         return data, Part(data, np.arange(data.held_out, data.held_out + most))
     order = generator(seed, "held out").permutation(len(data))
     count = min(most, int(share * len(data)))
-    return Part(data, order[count:]), Part(data, order[:count])
+    return Part(data, np.sort(order[count:])), Part(data, order[:count])
 
 
 class Batches(torch.utils.data.Dataset):
@@ -355,10 +355,11 @@ class Batches(torch.utils.data.Dataset):
         args, B = self.args, self.args.batch
         rng = generator(args.seed, "batch", step)
         flip = rng.random(B) < 0.5
-        u = rng.random(B)
-        if args.levels == "logit-normal":           # more of the middle (Esser et al., 2024)
-            u = self.path.level_of_share(1 / (1 + np.exp(-rng.standard_normal(B))))
-        t = self.path.training_level(u)
+        level = rng.random(B)
+        if args.levels == "logit-normal":           # seldom near 0 or 1 (Esser et al., 2024)
+            share_of_noise = 1 / (1 + np.exp(-rng.standard_normal(B)))
+            level = self.path.level_of_share(share_of_noise)
+        t = self.path.training_level(level)
         drop_class, drop_noise = rng.random(B) < args.class_drop, rng.random(B) < args.noise_drop
         shape = B, args.in_channels, args.input_size, args.input_size
         eps = rng.standard_normal(shape, np.float32)
@@ -449,14 +450,15 @@ class Trainer:
                 with self.autocast:
                     losses = diffusion.training_loss(self.network, self.path, *micro_batch)
                     if self.args.levels == "logit-normal":
-                        losses = losses * self.path.loss_weight(micro_batch[2])
+                        _, _, t, *_ = micro_batch
+                        losses = losses * self.path.loss_weight(t)
                     loss_part = losses.sum() / self.share
                 self.scaler.scale(loss_part).backward()
             loss += loss_part.detach()
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         finite = norm.isfinite()
-        if len(self.optimizers) > 1:                # or one would step where the other does not
+        if len(self.optimizers) > 1:                # each would look at its own gradients alone
             for parameter in self.model.parameters():
                 parameter.grad *= torch.where(finite, 1, torch.nan)
         for optimizer in self.optimizers.values():

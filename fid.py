@@ -474,7 +474,7 @@ class Side:
         for number, batch in enumerate(images):
             rows = slice(number * size, (number + 1) * size)
             for kind, part in zip(network.widths, network(batch.to(device))):
-                if kind not in share:                             # whole: joined, parts take twice
+                if kind not in share:                             # parts, joined, would take twice
                     share[kind] = torch.empty(count, *part.shape[1:], dtype=part.dtype)
                 share[kind][rows] = part
         if train.WORLD == 1:
@@ -491,8 +491,9 @@ class Side:
             file, (_, *shape) = open_images(archive)
             for number in range(numbers.stop):
                 n = min(self.args.batch, self.num - number * self.args.batch)
-                images = np.stack([np.frombuffer(file.read(math.prod(shape)), np.uint8)
-                                   for _ in range(n)]).reshape(n, *shape)
+                flat = [np.frombuffer(file.read(math.prod(shape)), np.uint8)    # a whole batch
+                        for _ in range(n)]                        # at once takes its memory twice
+                images = np.stack(flat).reshape(n, *shape)
                 if number in numbers:
                     yield torch.from_numpy(images).permute(0, 3, 1, 2)
 

@@ -1868,7 +1868,8 @@ def test_the_readmes_quick_commands_run_as_written(tmp_path):
     lines = [part.strip() for line in commands() for part in line.split("&&")]
     quick = [line for line in lines if line.startswith((
         "python sample.py", "python fid.py samples.npz photos", "python fid.py a.npz"))]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    search = f"{tmp_path}/bin:{os.environ['PATH']}"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": search}
     for line in quick:
         subprocess.run(line, shell=True, cwd=tmp_path, env=variables, check=True)
     assert len(quick) >= 4

@@ -495,10 +495,11 @@ class Trainer:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal (Jordan et al., 2024), as large as AdamW's.
+    """SGD with momentum, for matrices, that moves by the nearest orthogonal matrix instead: all
+    directions by as much (Jordan et al., 2024).
 
-    Five Newton-Schulz steps bring its singular values near to 1. torch.optim.Muon takes them in
-    bf16, one matrix at a time, which on a CPU without bf16 is most of the training.
+    torch.optim.Muon finds it in bf16, one matrix at a time, and on a CPU without bf16 that is most
+    of the training. Here it is found in fp32, for all matrices of one shape together.
     """
 
     @torch.no_grad()
@@ -509,22 +510,29 @@ class Muon(torch.optim.Optimizer):
                 by_shape[parameter.shape].append(parameter)
             for shape, matrices in by_shape.items():
                 steps = torch.stack([self.momentum(parameter) for parameter in matrices])
-                size = -0.2 * math.sqrt(max(shape)) * group["lr"]           # RMS of AdamW's steps
+                # an orthogonal matrix has an RMS of 1/√max(shape), a step of AdamW about 0.2 lr
+                size = 0.2 * math.sqrt(max(shape)) * group["lr"]
                 for parameter, step in zip(matrices, orthogonal(steps)):
-                    parameter.add_(step, alpha=size)
+                    parameter.sub_(step, alpha=size)
 
     def momentum(self, parameter, decay=0.95):
+        """The gradient averaged over steps, looking one step ahead (Nesterov)."""
         state, grad = self.state[parameter], parameter.grad
-        average = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-        return grad.lerp(average.lerp_(grad, 1 - decay), decay)             # Nesterov's
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return grad.lerp(state["momentum_buffer"].lerp_(grad, 1 - decay), decay)
 
 
 def orthogonal(matrices, iterations=5):
-    """Near U Vᵀ for each of (N, rows, columns) matrices U S Vᵀ: most singular values in 0.7…1.2."""
+    """About U Vᵀ for each of the matrices U S Vᵀ, (N, rows, columns).
+
+    Each iteration maps the singular values s by the polynomial below, which leads all but the
+    smallest into 0.7 to 1.2 (Newton-Schulz).
+    """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT, iterations).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):                     # s -> 3.4445 s − 4.775 s³ + 2.0315 s⁵
+    for _ in range(iterations):                     # s → 3.4445 s − 4.775 s³ + 2.0315 s⁵
         square = x @ x.mT
         x = 3.4445 * x + torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315) @ x
     return x

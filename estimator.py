@@ -314,10 +314,11 @@ def measure(args):
         name = sample.guidance_name(args) or "no guidance"
         print(f"{title}, {args.precision}: {name}", flush=True)
         states, images, labels = observe(judge, sampler, args.num, args.batch, levels)
-        observed.append(({"name": name, **vars(args)}, states))
+        words = f"{name} {args.sampler} {args.steps} steps".replace(",", "").split()
+        kept = "-".join(words) + ".npz" if args.keep_images else None
+        observed.append(({"name": name, "images": kept, **vars(args)}, states))
         if args.keep_images and train.RANK == 0:
-            words = f"{name} {args.sampler} {args.steps} steps".replace(",", "").split()
-            with train.replacing(out / f"{'-'.join(words)}.npz") as file:
+            with train.replacing(out / kept) as file:
                 np.savez(file, arr_0=images.transpose(0, 2, 3, 1), arr_1=labels)
     if train.RANK:
         return

@@ -632,24 +632,43 @@ def save_statistics(side, path):
         np.savez(file, **kept)
 
 
+def measured_shift(samples):
+    """{"shift": mean} where `estimator.py measure --keep-images` wrote these samples."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):          # others have none
+        report = json.loads(Path(samples).with_name("shift.json").read_text())
+        return {"shift": setting["mean_shift"] for setting in report["settings"]
+                if setting["images"] == Path(samples).name}
+    return {}
+
+
 def report(rows):
-    """Print a table; files of one name, in several folders, are seeds of one setting."""
+    """Print a table; files of one name, in several folders, are seeds of one setting.
+
+    Of settings with as many seeds as the first, also the differences to it, seed by seed.
+    """
     titles = list(dict.fromkeys(title for row in rows for title in row["metrics"]))
     left_out = "; ".join(dict.fromkeys(f"{title} ({why})" for row in rows
                                        for title, why in row["left_out"].items()))
     if not titles:
         raise ValueError(f"nothing to compare: {left_out}")
     settings = {}
-    for row in rows:
-        settings.setdefault(Path(row["samples"]).name.removesuffix(".npz"), []).append(row)
+    for row in sorted(rows, key=lambda row: "no-guidance" not in Path(row["samples"]).name):
+        name = Path(row["samples"]).name.removesuffix(".npz")
+        values = [row["metrics"].get(title, math.nan) for title in titles]
+        settings.setdefault(name, []).append(values)
+    settings = {name: np.array(values) for name, values in settings.items()}    # (seeds, titles)
+    baseline = next(iter(settings.values()))
+    for name, values in list(settings.items())[1:]:
+        if len(values) == len(baseline) > 1:
+            settings[f"{name}, less the first, paired"] = values - baseline
     print(f"| against {rows[0]['reference']} | sets |", *(f"{title} |" for title in titles))
     print("|---|---|" + "---|" * len(titles))
-    for setting, seeds in sorted(settings.items(), key=lambda item: "no-guidance" not in item[0]):
-        cells = [setting, str(len(seeds))]
-        for title in titles:
-            values = [row["metrics"][title] for row in seeds if title in row["metrics"]]
-            cells.append(f"{np.mean(values):.3f}" if values else "–")
-            cells[-1] += f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    for name, values in settings.items():
+        cells = [name, str(len(values))]
+        for title, column in zip(titles, values.T):
+            column, digits = column[np.isfinite(column)], 5 if title == "shift" else 3
+            cells.append(f"{column.mean():.{digits}f}" if len(column) else "–")
+            cells[-1] += f" ± {column.std(ddof=1):.{digits}f}" if len(column) > 1 else ""
         print(f"| {' | '.join(cells)} |")
     if left_out:
         print(f"left out: {left_out}")
@@ -697,6 +716,8 @@ def main():
         train.broadcast(None)                                     # no more is needed of the others
     if train.RANK:
         return
+    for name, row in zip(args.samples, rows):
+        row["metrics"] |= measured_shift(name)
     report(rows)
     if args.json:
         with train.replacing(args.json) as file:

@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch._dynamo        # as each optimiser does, which takes a second: here once for all scripts
 from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import logit
@@ -846,7 +847,8 @@ def test_inception_score_precision_and_recall_by_construction():
 # How the scripts are run below: as a user runs them, but for seconds, on shapes of 8×8
 
 SCRIPTS = {"train.py": train, "sample.py": sample, "estimator.py": estimator, "fid.py": fid}
-SMALL = "train.py --image-size 8 --batch 8 --precision fp32 --workers 0 --cooldown 0"
+SMALL = ("train.py --model SiT-Ti/4 --image-size 8 --batch 8 --precision fp32 --workers 0 "
+         "--cooldown 0")
 LATENT = ("train.py --image-size 32 --batch 4 --precision fp32 --workers 1 --cooldown 0 "
           "--vae vae.bin")
 
@@ -1025,7 +1027,7 @@ def place(tmp_path_factory):
 
 def test_one_rank_two_ranks_and_two_nodes_follow_the_same_curve(tmp_path):
     """The batches are split into passes of 3 and less; the nodes are torchrun's, on loopback."""
-    command = f"{SMALL} --steps 12 --model DiT-Ti/2 --micro-batch 3 --out"
+    command = f"{SMALL} --steps 12 --model DiT-Ti/4 --micro-batch 3 --out"
     for ranks in (1, 2):
         ok(tmp_path, f"{command} on{ranks}", ranks=ranks)
     meet = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()}"
@@ -1038,7 +1040,7 @@ def test_one_rank_two_ranks_and_two_nodes_follow_the_same_curve(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM,
                                     pytest.param(signal.SIGHUP, marks=slow)])
 def test_a_run_that_was_stopped_ends_in_the_weights_of_an_unbroken_one(tmp_path, number):
-    command = f"{SMALL} --model SiT-Ti/4 --ckpt-every 1000"
+    command = f"{SMALL} --ckpt-every 1000"
     run, log = Run(tmp_path, f"{command} --steps 1000000 --out run"), tmp_path / "run/log.jsonl"
     assert run.until(lambda: log.exists() and log.stat().st_size)
     assert run.end(number).status == 128 + number
@@ -1267,7 +1269,12 @@ def compared(folder, options, change="", ranks=1):
 
 
 def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
-    """Of random features, whose distance is not called FID. Oracle: each set compared alone."""
+    """Of random features, whose distance is not called FID, with the shift that was measured of
+    each set, and paired differences. Oracle: each set compared alone."""
+    for seed, shifts in enumerate([(0.01, 0.02), (0.03, 0.05)]):
+        found = [{"images": f"{name}.npz", "mean_shift": shift}
+                 for name, shift in zip(("dark", "plain"), shifts)]
+        (sets / f"seed{seed}/shift.json").write_text(json.dumps({"settings": found}))
     same, _ = compared(sets, "pngs seed1/plain.npz --features random")
     same = same["metrics"]
     assert same["FD-random"] < 1e-6 and same["precision"] == same["recall"] == 1
@@ -1285,6 +1292,8 @@ def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
         a, b = (row["recall"] for row in seeds)
         line = next(line for line in said.splitlines() if name in line)
         assert f"{(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f}" in line
+    assert [row["shift"] for row in metrics] == [0.01, 0.02, 0.03, 0.05]
+    assert "| 0.02000 ± 0.01414 |" in said and "| 0.01500 ± 0.00707 |" in said       # dark; paired
 
 
 def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):
@@ -1451,7 +1460,7 @@ ERRORS = {  # a command, how it goes on, and what the line must name
         ("--out ''", "--out"), ("--out /proc/run", "/proc/run"), ("--out file.txt/run", "file.txt"),
         ("--out runs/damaged", "runs/damaged/checkpoints/0000005.pt"),
         ("--out runs/one --lr 0.5", "started with --lr 0.004, not 0.5"),
-        ("--out runs/one --model DiT-Ti/2", "started with --model SiT-Ti/2")],
+        ("--out runs/one --model DiT-Ti/2", "started with --model SiT-Ti/4")],
     "sample.py --steps 2 --ckpt": [
         ("nowhere.pt", "nowhere.pt"), ("file.txt", "file.txt"), ("tensor.pt", "tensor.pt"),
         ("other.bin", "other.bin"), ("huge.pt", "huge.pt"), ("sparse.pt", "sparse.pt"),
@@ -1462,7 +1471,7 @@ ERRORS = {  # a command, how it goes on, and what the line must name
     "sample.py --steps 2 --ckpt runs/one": [
         ("--nag-against 0.02", "no effect"), ("--w-nag 1 --nag-against me", "'me'"),
         ("--w-nag 1 --nag-against estimator", "--estimator"),
-        ("--model DiT-Ti/2", "holds a SiT-Ti/2, not a DiT-Ti/2"), ("--sampler ddpm", "ddpm"),
+        ("--model DiT-Ti/2", "holds a SiT-Ti/4, not a DiT-Ti/2"), ("--sampler ddpm", "ddpm"),
         ("--classes circle dog", "'dog'"), ("--w-nag 1 --nag-interval 0.5 0.1", "--nag-interval"),
         ("--cfg-scale 2 --cfg-interval 0 1.1", "1.1"), ("--out grid.gif", "grid.gif"),
         ("--cfg-scale 2 --cfg-channels 4", "--cfg-channels"), ("--vae vae.bin", "--vae"),
@@ -1643,7 +1652,7 @@ def test_other_images_are_refused_and_other_names_of_the_same_folder_are_not(pla
 
 
 def test_a_second_process_may_read_what_the_first_writes_but_not_write_there(tmp_path):
-    command = f"{SMALL} --model SiT-Ti/4 --ckpt-every 5 --steps 1000000 --out run"
+    command = f"{SMALL} --ckpt-every 5 --steps 1000000 --out run"
     first = Run(tmp_path, command)
     assert first.until(lambda: train.checkpoints(tmp_path / "run"))
     assert "another process is writing run" in Run(tmp_path, command).error()
@@ -1783,7 +1792,7 @@ def test_a_run_that_diverges_stops_and_names_its_last_good_checkpoint(tmp_path):
 
 
 def test_a_run_whose_folder_vanishes_says_so(tmp_path):
-    run = Run(tmp_path, f"{SMALL} --model SiT-Ti/4 --ckpt-every 30 --out gone")
+    run = Run(tmp_path, f"{SMALL} --ckpt-every 30 --out gone")
     assert run.until(lambda: train.checkpoints(tmp_path / "gone"))
     (tmp_path / "gone").rename(tmp_path / "elsewhere")
     assert run.error().startswith("train.py: gone/") and not (tmp_path / "gone").exists()
@@ -1888,7 +1897,7 @@ def test_the_code_in_the_readme_is_that_of_the_method_and_its_pictures_are_there
 # What takes long: kills, damaged files, memory
 
 KILLED = {  # what is killed, while it writes file after file
-    "train": f"{SMALL} --model SiT-Ti/4 --steps 25 --ckpt-every 5 --keep 2 --out OUT",
+    "train": f"{SMALL} --steps 25 --ckpt-every 5 --keep 2 --out OUT",
     "sample": "sample.py --ckpt runs/one --num 3 --batch 1 --steps 5 --w-nag 1 --precision fp32 "
               "--out OUT/images.npz",
     "encode": f"{LATENT} --data photos/a --latents OUT --steps 1 --out OUT/run",
@@ -1941,7 +1950,7 @@ def test_killed_in_every_writing_the_same_command_ends_in_the_same_files(place, 
 
 
 KILLS = {   # what is killed at any moment: how often, its command, the files it finishes one by one
-    "train": (30, f"{SMALL} --model SiT-Ti/4 --ckpt-every 7 --keep 2 --out OUT",
+    "train": (30, f"{SMALL} --ckpt-every 7 --keep 2 --out OUT",
               "checkpoints/*.pt"),
     "sample": (10, "sample.py --ckpt runs/one --num 32 --batch 1 --steps 5 --w-nag 1 "
                "--precision fp32 --out OUT/images.npz", "images.npz.partial/0*.npy"),

@@ -429,10 +429,10 @@ class Trainer:
                                  "an optimiser; give another --out")
             optimizer.load_state_dict(copy.deepcopy(checkpoint[name]))         # the file is mapped
 
-    def passes(self, batch):
-        """This rank's part of a batch on the device, cut into micro-batches."""
+    def passes(self, batch, size):
+        """This rank's part of a batch on the device, cut into parts of so many images."""
         images, *rest = (part.to(self.device, non_blocking=True) for part in batch)
-        return list(zip(*(part.split(self.args.micro_batch) for part in (to_float(images), *rest))))
+        return list(zip(*(part.split(size) for part in (to_float(images), *rest))))
 
     def step(self, batch, number, interrupted=lambda: False):
         """Step `number` (from 1) with this rank's part of a batch; its mean loss, a tensor ().
@@ -442,7 +442,8 @@ class Trainer:
         they were, and the loss is NaN. With AdamW nothing waits for the GPU. Where `interrupted()`
         before a pass, the step is given up, and the result is None.
         """
-        passes, loss = self.passes(batch), torch.zeros((), device=self.device)
+        passes = self.passes(batch, self.args.micro_batch)
+        loss = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(passes):
             if interrupted():
                 return None
@@ -476,9 +477,12 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, batch):
-        """The loss of the averaged weights on a batch, of which this is the rank's part."""
+        """The loss of the averaged weights on a batch, of which this is the rank's part.
+
+        Nothing is kept for a backward pass, so that more images fit: as many times as blocks.
+        """
         total = torch.zeros(2, device=self.device)
-        for micro_batch in self.passes(batch):
+        for micro_batch in self.passes(batch, self.args.micro_batch * len(self.model.blocks)):
             with self.autocast:
                 losses = diffusion.training_loss(self.ema, self.path, *micro_batch)
             total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
@@ -1352,7 +1356,7 @@ def matmul_rate(device, precision):
     """Matrix-product rate of this device, FLOP/s, measured now: the yardstick of MFU."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
-    return 2 * n**3 / np.median([seconds(lambda: a @ a, device) for _ in range(15)])
+    return 2 * n**3 / np.median([seconds(lambda: a @ a, device) for _ in range(5)])
 
 
 def benchmark(calls, args, device, images, lasting=20):

@@ -644,7 +644,7 @@ def measured_shift(samples):
 def report(rows):
     """Print a table; files of one name, in several folders, are seeds of one setting.
 
-    Of settings with as many seeds as the first, also the differences to it, seed by seed.
+    And their differences to no guidance by the same sampler, seed by seed, where there are as many.
     """
     titles = list(dict.fromkeys(title for row in rows for title in row["metrics"]))
     left_out = "; ".join(dict.fromkeys(f"{title} ({why})" for row in rows
@@ -652,15 +652,16 @@ def report(rows):
     if not titles:
         raise ValueError(f"nothing to compare: {left_out}")
     settings = {}
-    for row in sorted(rows, key=lambda row: "no-guidance" not in Path(row["samples"]).name):
+    for row in sorted(rows, key=lambda row: "no-guidance" not in row["samples"]):
         name = Path(row["samples"]).name.removesuffix(".npz")
         values = [row["metrics"].get(title, math.nan) for title in titles]
         settings.setdefault(name, []).append(values)
     settings = {name: np.array(values) for name, values in settings.items()}    # (seeds, titles)
-    baseline = next(iter(settings.values()))
-    for name, values in list(settings.items())[1:]:
-        if len(values) == len(baseline) > 1:
-            settings[f"{name}, less the first, paired"] = values - baseline
+    bases = [name for name in settings if name.startswith("no-guidance")]
+    for name, base in [(name, base) for base in bases for name in settings if name != base]:
+        values, others, sampler = settings[name], settings[base], base.removeprefix("no-guidance")
+        if name.endswith(sampler) and len(values) == len(others) > 1:
+            settings[f"{name} − {base}"] = values - others
     print(f"| against {rows[0]['reference']} | sets |", *(f"{title} |" for title in titles))
     print("|---|---|" + "---|" * len(titles))
     for name, values in settings.items():

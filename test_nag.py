@@ -1272,13 +1272,14 @@ def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
     """Of random features, whose distance is not called FID, with the shift that was measured of
     each set, and paired differences. Oracle: each set compared alone."""
     for seed, shifts in enumerate([(0.01, 0.02), (0.03, 0.05)]):
+        shutil.copy(sets / f"seed{seed}/plain.npz", sets / f"seed{seed}/no-guidance.npz")
         found = [{"images": f"{name}.npz", "mean_shift": shift}
-                 for name, shift in zip(("dark", "plain"), shifts)]
+                 for name, shift in zip(("dark", "no-guidance"), shifts)]
         (sets / f"seed{seed}/shift.json").write_text(json.dumps({"settings": found}))
     same, _ = compared(sets, "pngs seed1/plain.npz --features random")
     same = same["metrics"]
     assert same["FD-random"] < 1e-6 and same["precision"] == same["recall"] == 1
-    files = [f"seed{seed}/{name}.npz" for seed in (0, 1) for name in ("dark", "plain")]
+    files = [f"seed{seed}/{name}.npz" for seed in (0, 1) for name in ("dark", "no-guidance")]
     options = "shapes --num 600 --features random"
     rows, said = compared(sets, f"{' '.join(files)} {options}")
     assert [row["samples"] for row in rows] == files and "FD-random" in said and "FID" not in said
@@ -1288,12 +1289,14 @@ def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
     for dark, plain in (metrics[:2], metrics[2:]):
         assert plain["FD-random"] < 0.2 * dark["FD-random"]
         assert plain["precision"] > 2 * dark["precision"]
-    for name, seeds in (("dark", metrics[::2]), ("plain", metrics[1::2])):
+    for name, seeds in (("| dark |", metrics[::2]), ("| no-guidance |", metrics[1::2])):
         a, b = (row["recall"] for row in seeds)
         line = next(line for line in said.splitlines() if name in line)
         assert f"{(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f}" in line
     assert [row["shift"] for row in metrics] == [0.01, 0.02, 0.03, 0.05]
-    assert "| 0.02000 ± 0.01414 |" in said and "| 0.01500 ± 0.00707 |" in said       # dark; paired
+    dark, paired = (line for line in said.splitlines() if line.startswith("| dark"))
+    assert dark.endswith("| 0.02000 ± 0.01414 |")
+    assert "− no-guidance" in paired and paired.endswith("| -0.01500 ± 0.00707 |")
 
 
 def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):

@@ -632,19 +632,23 @@ def save_statistics(side, path):
         np.savez(file, **kept)
 
 
-def measured_shift(samples):
-    """{"shift": mean} where `estimator.py measure --keep-images` wrote these samples."""
+def measured(samples):
+    """What `estimator.py measure --keep-images` noted of these samples, where it wrote them: the
+    shift, whether they are without guidance, and what samples must share to be paired."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):          # others have none
         report = json.loads(Path(samples).with_name("shift.json").read_text())
-        return {"shift": setting["mean_shift"] for setting in report["settings"]
-                if setting["images"] == Path(samples).name}
+        for note in report["settings"]:
+            if note["images"] == Path(samples).name:
+                pair = [report["checkpoint"], note["sampler"], note["steps"], note["seed"]]
+                return {"shift": note["mean_shift"], "plain": note["name"] == "no guidance",
+                        "pair": " ".join(map(str, pair))}
     return {}
 
 
 def report(rows):
     """Print a table; files of one name, in several folders, are seeds of one setting.
 
-    And their differences to no guidance by the same sampler, seed by seed, where there are as many.
+    And their differences to no guidance, checkpoint by checkpoint, where measure noted these.
     """
     titles = list(dict.fromkeys(title for row in rows for title in row["metrics"]))
     left_out = "; ".join(dict.fromkeys(f"{title} ({why})" for row in rows
@@ -652,21 +656,19 @@ def report(rows):
     if not titles:
         raise ValueError(f"nothing to compare: {left_out}")
     settings = {}
-    for row in sorted(rows, key=lambda row: "no-guidance" not in row["samples"]):
+    plain = {row["pair"]: row for row in rows if row.get("plain")}
+    values = lambda row: np.array([row["metrics"].get(title, math.nan) for title in titles])
+    for row in sorted(rows, key=lambda row: "no-guidance" not in Path(row["samples"]).name):
         name = Path(row["samples"]).name.removesuffix(".npz")
-        values = [row["metrics"].get(title, math.nan) for title in titles]
-        settings.setdefault(name, []).append(values)
-    settings = {name: np.array(values) for name, values in settings.items()}    # (seeds, titles)
-    bases = [name for name in settings if name.startswith("no-guidance")]
-    for name, base in [(name, base) for base in bases for name in settings if name != base]:
-        values, others, sampler = settings[name], settings[base], base.removeprefix("no-guidance")
-        if name.endswith(sampler) and len(values) == len(others) > 1:
-            settings[f"{name} − {base}"] = values - others
+        settings.setdefault(name, []).append(values(row))
+        if row.get("pair") in plain and not row["plain"]:
+            difference = values(row) - values(plain[row["pair"]])
+            settings.setdefault(f"{name}, less no guidance", []).append(difference)
     print(f"| against {rows[0]['reference']} | sets |", *(f"{title} |" for title in titles))
     print("|---|---|" + "---|" * len(titles))
-    for name, values in settings.items():
-        cells = [name, str(len(values))]
-        for title, column in zip(titles, values.T):
+    for name, seeds in settings.items():
+        cells = [name, str(len(seeds))]
+        for title, column in zip(titles, np.transpose(seeds)):
             column, digits = column[np.isfinite(column)], 5 if title == "shift" else 3
             cells.append(f"{column.mean():.{digits}f}" if len(column) else "–")
             cells[-1] += f" ± {column.std(ddof=1):.{digits}f}" if len(column) > 1 else ""
@@ -718,7 +720,9 @@ def main():
     if train.RANK:
         return
     for name, row in zip(args.samples, rows):
-        row["metrics"] |= measured_shift(name)
+        row |= measured(name)
+        if "shift" in row:
+            row["metrics"]["shift"] = row.pop("shift")
     report(rows)
     if args.json:
         with train.replacing(args.json) as file:

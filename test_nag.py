@@ -35,7 +35,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch._dynamo        # as each optimiser does, which takes a second: here once for all scripts
+import torch._dynamo    # as each optimiser does, which takes a second: here once for all scripts
 from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import logit
@@ -1273,9 +1273,11 @@ def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
     each set, and paired differences. Oracle: each set compared alone."""
     for seed, shifts in enumerate([(0.01, 0.02), (0.03, 0.05)]):
         shutil.copy(sets / f"seed{seed}/plain.npz", sets / f"seed{seed}/no-guidance.npz")
-        found = [{"images": f"{name}.npz", "mean_shift": shift}
-                 for name, shift in zip(("dark", "no-guidance"), shifts)]
-        (sets / f"seed{seed}/shift.json").write_text(json.dumps({"settings": found}))
+        found = [{"images": f"{name.replace(' ', '-')}.npz", "name": name, "mean_shift": shift,
+                  "sampler": "sde", "steps": 50, "seed": 0}
+                 for name, shift in zip(("dark", "no guidance"), shifts)]
+        note = {"checkpoint": f"{seed}.pt", "settings": found}
+        (sets / f"seed{seed}/shift.json").write_text(json.dumps(note))
     same, _ = compared(sets, "pngs seed1/plain.npz --features random")
     same = same["metrics"]
     assert same["FD-random"] < 1e-6 and same["precision"] == same["recall"] == 1
@@ -1296,7 +1298,9 @@ def test_sets_of_shapes_make_a_table_with_mean_and_deviation_over_seeds(sets):
     assert [row["shift"] for row in metrics] == [0.01, 0.02, 0.03, 0.05]
     dark, paired = (line for line in said.splitlines() if line.startswith("| dark"))
     assert dark.endswith("| 0.02000 ± 0.01414 |")
-    assert "− no-guidance" in paired and paired.endswith("| -0.01500 ± 0.00707 |")
+    assert "less no guidance | 2 |" in paired and paired.endswith("| -0.01500 ± 0.00707 |")
+    _, said = compared(sets, f"{files[2]} {files[1]} {files[0]} {files[3]} {options}")
+    assert paired in said.splitlines()              # in whichever order the files are named
 
 
 def test_inception_metrics_of_two_ranks_and_of_saved_statistics(sets):

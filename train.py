@@ -479,10 +479,12 @@ class Trainer:
     def validation_loss(self, batch):
         """The loss of the averaged weights on a batch, of which this is the rank's part.
 
-        Nothing is kept for a backward pass, so that more images fit: as many times as blocks.
+        Training keeps what every block computed, unless with --grad-checkpoint. Nothing is kept
+        here, so that as many times more images fit as there are blocks.
         """
         total = torch.zeros(2, device=self.device)
-        for micro_batch in self.passes(batch, self.args.micro_batch * len(self.model.blocks)):
+        kept_blocks = 1 if self.args.grad_checkpoint else len(self.model.blocks)
+        for micro_batch in self.passes(batch, self.args.micro_batch * kept_blocks):
             with self.autocast:
                 losses = diffusion.training_loss(self.ema, self.path, *micro_batch)
             total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])

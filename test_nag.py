@@ -1788,6 +1788,21 @@ def test_the_trainer_weighs_the_losses_of_vp_where_levels_are_logit_normal(level
     close(trainer.step(batch, 1), wanted.float())
 
 
+@pytest.mark.parametrize("grad_checkpoint, most", [(False, 2 * 2), (True, 2)])
+def test_validation_takes_as_many_images_at_a_time_as_training_has_room_for(grad_checkpoint, most):
+    """Two blocks of a micro-batch of 2; with --grad-checkpoint training has room for one block."""
+    changes = dict(micro_batch=2, batch=4, optimizer="adamw", grad_checkpoint=grad_checkpoint)
+    trainer = train.Trainer(tiny(), SimpleNamespace(**{**TRAINER, **changes}), torch.device("cpu"))
+    sizes = []
+    trainer.ema.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    batch = normal("x", 9, 3, 8, 8), torch.arange(9) % 4, torch.rand(9), normal("e", 9, 3, 8, 8)
+    whole = diffusion.training_loss(trainer.ema, trainer.path, *batch, torch.zeros(9) > 0).mean()
+    assert sizes.pop() == 9
+    found = trainer.validation_loss([*batch, torch.zeros(9) > 0])
+    assert found == pytest.approx(whole.item(), rel=1e-5)
+    assert max(sizes) == most and sum(sizes) == 9
+
+
 def test_a_run_that_diverges_stops_and_names_its_last_good_checkpoint(tmp_path):
     command = f"{SMALL} --warmup 0 --steps 99 --ckpt-every 1"
     line = Run(tmp_path, f"{command} --lr 1e30 --out nan", NO_GRID).error()

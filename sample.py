@@ -321,7 +321,8 @@ def write_many(sampler, batches, out, settings):
     if train.RANK == 0:                             # single images can be added, in other batches
         settings = {**settings, "num": None, "batch": None} if single else settings
         note, begun = json.dumps(settings), folder / ".settings.json"
-        if begun.exists() and begun.read_text() != note:
+        drawn = any(folder.glob("[0-9]*"))
+        if drawn and begun.exists() and begun.read_text() != note:
             raise ValueError(f"{folder} holds samples of other settings; remove it, "
                              "or give another --out")
         with train.replacing(begun) as file:
@@ -409,9 +410,10 @@ def main():
         kind = ".png" if args.num <= GRID else ".npz"
         args.out = str(train.run_folder(ckpt) / "samples" / (name + kind))
     out = Path(args.out)
-    folder = args.out.endswith(os.sep) or args.out and out.is_dir()
-    if not folder and out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out {args.out!r} must end in .png, in .npz, or in / for a folder")
+    folder = args.out.endswith(os.sep) or bool(args.out) and out.is_dir()
+    if folder == (out.suffix in (".png", ".npz")):
+        raise ValueError(f"--out {args.out!r} is no place for images; give one that ends in .png, "
+                         "in .npz, or, with another name, in / for a folder")
     train.prepare(out)
     if out.suffix == ".npz" and out.exists():
         return print(f"{out} is finished; remove it to draw it again")

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -1135,6 +1136,12 @@ def test_single_images_are_those_of_the_npz_and_files_hold_their_command(place):
     assert "finished" in ok(place, f"{command} --out together.npz") and "finished" not in said
 
 
+def test_a_start_that_drew_nothing_leaves_its_place_to_other_settings(place):
+    command = "sample.py --ckpt runs/one --num 2 --steps 2 --out free.npz"
+    Run(place, f"{command} --w-nag 1e38 --cfg-scale 1e38").error()
+    ok(place, f"{command} --w-nag 1")
+
+
 def test_latents_are_the_posteriors_of_both_flips_whoever_encodes_them(place):
     """Oracle: the VAE, asked image by image."""
     for ranks in (1, 2):
@@ -1482,7 +1489,7 @@ ERRORS = {  # a command, how it goes on, and what the line must name
         ("--classes circle dog", "'dog'"), ("--w-nag 1 --nag-interval 0.5 0.1", "--nag-interval"),
         ("--cfg-scale 2 --cfg-interval 0 1.1", "1.1"), ("--out grid.gif", "grid.gif"),
         ("--cfg-scale 2 --cfg-channels 4", "--cfg-channels"), ("--vae vae.bin", "--vae"),
-        ("--out file.txt/grid.png", "file.txt"),
+        ("--out file.txt/grid.png", "file.txt"), ("--out grid.png/", "'grid.png/'"),
         ("--w-nag 1e38 --cfg-scale 1e38", "not finite"), ("--guide-scale 2", "--guide"),
         ("--guide runs/one", "--guide-scale"), ("--guide runs/tuned --guide-scale 2", "runs/tuned"),
         ("--estimator good.pt", "--w-nag-classifier"), ("--w-nag-classifier 1", "--estimator")],
@@ -1603,6 +1610,19 @@ def test_what_a_shell_can_do_to_a_script_ends_well(place, line, status, says):
     assert says in said and "Traceback" not in said
 
 
+def test_what_a_gpu_holds_of_a_model_counts_once_towards_the_micro_batch(monkeypatch):
+    trainer = types.SimpleNamespace(
+        model=models.MODELS["SiT-Ti/2"](input_size=16, in_channels=3), share=10**6,
+        device=torch.device("cuda"), args=types.SimpleNamespace(precision="bf16"))
+
+    def fit(free, held):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held)
+        return train.fitting_micro_batch(trainer)
+
+    assert fit(1e9, 0.5e9) == fit(1.5e9, 0) > fit(1e9, 0)
+
+
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
 def test_the_precision_is_the_faster_one_even_where_most_turns_are_interrupted(monkeypatch, slow):
     rng = random.Random(0)
@@ -1632,14 +1652,20 @@ print(os.environ["GOMP_SPINCOUNT"])"""
     assert told == b"3000\n"
 
 
-def test_steps_before_an_unreadable_image_are_saved(place):
+def test_steps_before_an_unreadable_image_are_saved_and_with_another_in_its_place_it_goes_on(place):
     """The sixth of eight images; progress that goes to a file is plain lines."""
     files = sorted(shutil.copytree(place / "photos/a", place / "spoilt").iterdir())
-    files[train.generator(0, "order", 0).permutation(8)[5]].write_bytes(b"none")
-    run = Run(place, "train.py --data spoilt --image-size 8 --batch 1 --steps 30 --workers 1 "
-              "--out runs/spoilt", NO_GRID)
+    bad = files[train.generator(0, "order", 0).permutation(8)[5]]
+    good = bad.read_bytes()
+    bad.write_bytes(b"none")
+    command = ("train.py --data spoilt --image-size 8 --batch 1 --steps 9 --workers 1 "
+               "--out runs/spoilt")
+    run = Run(place, command, NO_GRID)
     assert "cannot read the image spoilt/" in run.error() and "\r" not in run.err
     assert state(place / "runs/spoilt", 5)["step"] == len(losses(place / "runs/spoilt")) == 5
+    bad.write_bytes(good)
+    ok(place, command, NO_GRID)
+    assert len(losses(place / "runs/spoilt")) == 9
 
 
 def test_of_several_ranks_one_tells_the_error_and_all_end(tmp_path):

@@ -214,8 +214,8 @@ def read_image(path):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise DataError(f"cannot read the image {path} ({error}); move it out of the folder, "
-                        "and start the same command again") from None
+        raise DataError(f"cannot read the image {path} ({error}); put one that can be read in its "
+                        "place, and start the same command again") from None
 
 
 def centre_crop(image, size):
@@ -416,7 +416,7 @@ class Trainer:
         self.network = torch.compile(model) if args.compile else model
         if WORLD > 1:
             self.network = DistributedDataParallel(
-                self.network, gradient_as_bucket_view=True, broadcast_buffers=False,
+                self.network, gradient_as_bucket_view=True,
                 static_graph=args.micro_batch == self.share)
         self.flops = 3 * model.flops()              # per image: backward is two forward passes
 
@@ -571,7 +571,10 @@ def fitting_micro_batch(trainer):
     per_image = block + 4 * tokens * width * depth if model.grad_checkpoint else block * depth
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = torch.cuda.mem_get_info()[0] if cuda else machine / 2 / local
+    if cuda:                                        # the weights and the average are there already
+        memory = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    else:
+        memory = machine / 2 / local
     state = 22 * sum(p.numel() for p in model.parameters())
     fit = max(1, int((0.85 * memory - state) / per_image))
     return math.ceil(trainer.share / math.ceil(trainer.share / fit))
@@ -689,7 +692,7 @@ def arguments():
 
 
 def default_out(args):
-    data = Path(args.data or args.latents or "shapes").name
+    data = Path(args.data or args.latents or "shapes").absolute().name
     if args.init:
         return f"runs/{data}-{run_folder(newest_checkpoint(args.init)).name}-tuned"
     return f"runs/{data}-{(args.model or 'SiT-Ti/2').replace('/', '-')}"
@@ -772,7 +775,7 @@ def training_data(args, given, of_init, device):
                          f"{of_init['image_size']}, or other data")
     if not latent:
         return open_data(args.data, size, args.seed)
-    args.latents = args.latents or f"runs/latents-{Path(args.data).name}-{size}"
+    args.latents = args.latents or f"runs/latents-{Path(args.data).absolute().name}-{size}"
     if given.data or not note:
         encode(args, device)
     data = Latents(args.latents)
@@ -858,8 +861,9 @@ class Log:
         self.losses.append(loss)
         self.bar.update()
 
-    def flush(self, step, validation_loss=None):
-        """Write the losses up to this step. Nothing else reads them: it waits for the device.
+    def flush(self, step, validation=None):
+        """Write the losses up to this step, and that on a validation batch, which takes no part in
+        the speed. Nothing else reads the losses: it waits for the device.
 
         Raises ValueError after ten steps in a row without a finite loss and gradient.
         """
@@ -869,14 +873,16 @@ class Log:
         if WORLD > 1:
             dist.all_reduce(losses)
         losses = (losses / WORLD).tolist()
-        took, self.since = time.perf_counter() - self.since, time.perf_counter()
-        speed = round(args.batch * len(losses) / took, 1)
+        speed = round(args.batch * len(losses) / (time.perf_counter() - self.since), 1)
+        if validation:
+            self.validation_loss = self.trainer.validation_loss(validation)
+        self.since = time.perf_counter()
         finite = [loss for loss in losses if math.isfinite(loss)]
         for number, loss in enumerate(losses, step - len(losses) + 1):
             self.bad = 0 if loss in finite else self.bad + 1
             row = {"step": number, "loss": None if self.bad else loss, "images_per_s": speed}
-            if validation_loss and number == step:
-                row["validation_loss"] = self.validation_loss = validation_loss
+            if validation and number == step:
+                row["validation_loss"] = self.validation_loss
             print(json.dumps(row), file=self.file, flush=True)
             if self.bad and RANK == 0:
                 self.bar.write(f"step {number} was skipped: its gradient is not finite")
@@ -971,10 +977,11 @@ def main():
         log.add(loss)
         saving = step % args.ckpt_every == 0 or step == args.steps
         if saving or step % 10 == 0:
-            log.flush(step, trainer.validation_loss(validation) if saving and validation else None)
+            log.flush(step, validation if saving else None)
         if saving and RANK == 0:
             save(trainer, step)
             write_grid(trainer, step, vae)
+            log.since = time.perf_counter()
             log.bar.refresh()
 
     log.bar.close()
@@ -1282,7 +1289,7 @@ def rank_0_first():
 def load(dataset, numbers, workers, device):
     """dataset[number] for each of the numbers, in order, prepared by worker processes.
 
-    Raises DataError for data that cannot be read, and where a worker was killed.
+    Raises DataError for data that cannot be read, RuntimeError where a worker was killed.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]        # beyond it, workers would hang
     if workers and 0 <= files < 32 * (1 + workers):
@@ -1333,7 +1340,8 @@ def fast_precision(device):
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():         # it would take seconds
+    if not torch.backends.mkldnn.is_available() \
+            or not torch.ops.mkldnn._is_mkldnn_bf16_supported():     # it would take seconds
         return "fp32"
     factors = {"fp32": torch.randn(256, 256), "bf16": torch.randn(256, 256).bfloat16()}
     times = {name: [] for name in factors}

@@ -122,7 +122,7 @@ def train_estimator(args):
     args.num_classes, args.images = len(source.classes), None if source.endless else len(source)
     args.jitter, args.class_drop, args.noise_drop, args.levels = JITTER, 0.0, 0.0, "uniform"
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "latents", "out")}
-    name = Path(args.data).absolute().name + "-latents" * source.latent
+    name = train.data_name(args.data) + "-latents" * source.latent
     out = Path(args.out or FILE.format(name, args.interpolant))
     train.lock(out.with_name(f".{out.name}"))
 
@@ -279,7 +279,7 @@ def open_judge(args, s, device):
         source = train.Latents(args.latents or s["latents"])
         if s["data"] in ("imagenet", "unknown"):    # a published model does not name its folder
             s["data"] = source.note["data"]
-    name = Path(s["data"]).absolute().name + "-latents" * latent
+    name = train.data_name(s["data"]) + "-latents" * latent
     if not args.judge:
         args.judge = FILE.format(name, s["interpolant"])
         if not Path(args.judge).exists() and not latent:

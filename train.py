@@ -237,6 +237,11 @@ def is_drawn(name):
     return name.split(":")[0] == "shapes"
 
 
+def data_name(name):
+    """What files of a data set are called after: its folder, also where --data is "."."""
+    return Path(name).absolute().name
+
+
 def open_data(name, image_size, seed):
     """The data set that --data names, in pixels."""
     return Shapes(image_size, seed, name) if is_drawn(name) else ImageFolder(name, image_size)
@@ -692,7 +697,7 @@ def arguments():
 
 
 def default_out(args):
-    data = Path(args.data or args.latents or "shapes").absolute().name
+    data = data_name(args.data or args.latents or "shapes")
     if args.init:
         return f"runs/{data}-{run_folder(newest_checkpoint(args.init)).name}-tuned"
     return f"runs/{data}-{(args.model or 'SiT-Ti/2').replace('/', '-')}"
@@ -775,7 +780,7 @@ def training_data(args, given, of_init, device):
                          f"{of_init['image_size']}, or other data")
     if not latent:
         return open_data(args.data, size, args.seed)
-    args.latents = args.latents or f"runs/latents-{Path(args.data).absolute().name}-{size}"
+    args.latents = args.latents or f"runs/latents-{data_name(args.data)}-{size}"
     if given.data or not note:
         encode(args, device)
     data = Latents(args.latents)
@@ -860,6 +865,11 @@ class Log:
     def add(self, loss):
         self.losses.append(loss)
         self.bar.update()
+
+    def restart(self):
+        """The speed is measured from here on: what came before was no training."""
+        self.since = time.perf_counter()
+        self.bar.refresh()
 
     def flush(self, step, validation=None):
         """Write the losses up to this step, and that on a validation batch, which takes no part in
@@ -981,8 +991,7 @@ def main():
         if saving and RANK == 0:
             save(trainer, step)
             write_grid(trainer, step, vae)
-            log.since = time.perf_counter()
-            log.bar.refresh()
+            log.restart()
 
     log.bar.close()
     if step == args.steps:

@@ -58,7 +58,7 @@ assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)   # 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
-# Most of the training below is of it: a step takes a tenth of the time of SiT-Ti/4's
+# What most tests below train: a step of it takes a tenth of the time of one of SiT-Ti/4
 models.MODELS["SiT-Ti/tiny"] = functools.partial(
     models.DiT, patch_size=2, hidden_size=32, depth=2, num_heads=2)
 
@@ -1164,7 +1164,7 @@ def test_benchmarks_are_a_line_of_json(tmp_path, command, size, passes):
 
 
 def test_the_speed_in_the_log_leaves_out_what_is_no_training(tmp_path):
-    """By a clock that goes on a second a look, and a thousand for a validation or a grid."""
+    """On a clock that advances by 1 s at each look, and by 1000 s during a validation or a grid."""
     ok(tmp_path, f"{SMALL} --steps 20 --ckpt-every 10 --out run", "clock = [0]",
        "def look(): clock[0] += 1; return clock[0]",
        "def long(*args): clock[0] += 1000; return 1.0",
@@ -1643,7 +1643,7 @@ def mistakes(place):
 
 @pytest.mark.parametrize("command", ERRORS)
 def test_a_users_error_is_one_line_and_status_2(mistakes, command):
-    """Each in a place of its own, so that all start at once."""
+    """All start at once, each with an --out of its own."""
     started = [Run(mistakes, f"{command} {more}".replace("--out new", f"--out new{n}"), OFFLINE)
                for n, (more, _) in enumerate(ERRORS[command])]
     for run, (more, word) in zip(started, ERRORS[command]):
@@ -2033,7 +2033,8 @@ def test_killed_in_every_writing_the_same_command_ends_in_the_same_files(place, 
         return Run(place, f"{command} {far}".replace("OUT", out.name), QUICK,
                    "train.Latents.per_part = 4", *changes).end().status
 
-    (command, far, *_), out, kills = KILLED[kind], place / f"killed-{kind}", 0
+    command, far, *_ = KILLED[kind]
+    out, kills = place / f"killed-{kind}", 0
     while (status := start(f"kill_in_writing({kills})")) == -signal.SIGKILL:
         kills += 1
     killed = written(out)
